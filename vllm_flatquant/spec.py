@@ -1,0 +1,141 @@
+"""The checkpoint contract: ``quantization_config`` of config.json, format version 1.
+
+Shared by calibration (writes it) and the plugin (reads it). docs/format.md describes the tensors that
+go with it. Unknown keys and newer versions are refused.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+FORMAT_VERSION = 1
+QUANT_METHOD = "flatquant"
+SCHEMES: dict[str, tuple[int, int]] = {"w4a4": (4, 4), "w4a8": (4, 8), "w4a16": (4, 16)}
+"""Scheme name -> (weight bits, activation bits)."""
+
+
+class SpecError(ValueError):
+    """A quantization config that this version cannot use; the message names the key and the fix."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Producer(_Strict):
+    """Who wrote the checkpoint."""
+
+    name: str
+    version: str
+
+
+class Weights(_Strict):
+    """Integer weights. ``group_size`` None means one scale per output channel."""
+
+    bits: Literal[4] = 4
+    group_size: int | None = Field(default=None, gt=0)
+    symmetric: Literal[True] = True
+    layout: Literal["int4_low_nibble_even"] = "int4_low_nibble_even"
+
+
+class Activations(_Strict):
+    """Per-token, symmetric activations; 16 means not quantized."""
+
+    bits: Literal[4, 8, 16]
+
+
+class KVCache(_Strict):
+    """KV cache, per token and head: 8 bits symmetric, 4 bits asymmetric, 16 not quantized."""
+
+    k_bits: Literal[4, 8, 16] = 16
+    v_bits: Literal[4, 8, 16] = 16
+    symmetric: bool = True
+
+    @model_validator(mode="after")
+    def _symmetry(self) -> "KVCache":
+        if 4 in (self.k_bits, self.v_bits) and self.symmetric:
+            raise ValueError("a 4-bit KV cache is asymmetric; set symmetric to false")
+        if 8 in (self.k_bits, self.v_bits) and not self.symmetric:
+            raise ValueError("an 8-bit KV cache is symmetric; set symmetric to true")
+        return self
+
+
+class Factors(_Strict):
+    """Sizes of one Kronecker transform: ``shards`` blocks of ``left * right``."""
+
+    left: int = Field(gt=0)
+    right: int = Field(gt=0)
+
+
+class Sites(_Strict):
+    """On-line transforms, by site; None means that the site has none.
+
+    qkv, gate_up: of the hidden size. down: of ``intermediate_size / shards``. o: size of the head-axis
+    matrix, query heads / shards. k: head_dim, present only if K is quantized.
+    """
+
+    qkv: Factors | None = None
+    o: int | None = Field(default=None, gt=0)
+    gate_up: Factors | None = None
+    down: Factors | None = None
+    k: int | None = Field(default=None, gt=0)
+
+
+class FlatQuantSpec(_Strict):
+    """The whole ``quantization_config``. ``ignore`` names modules that keep their 16-bit weights."""
+
+    quant_method: Literal["flatquant"] = "flatquant"
+    format_version: Literal[1] = 1
+    producer: Producer
+    weights: Weights
+    activations: Activations
+    kv: KVCache = KVCache()
+    shards: int = Field(default=1, gt=0)
+    transform_dtype: Literal["bfloat16"] = "bfloat16"
+    ignore: list[str] = ["lm_head"]
+    sites: Sites
+
+    @model_validator(mode="after")
+    def _servable(self) -> "FlatQuantSpec":
+        if self.weights.group_size is not None and self.activations.bits != 16:
+            raise ValueError(
+                f"weights.group_size={self.weights.group_size} with activations.bits="
+                f"{self.activations.bits} cannot be served; use activations.bits=16 or no group_size"
+            )
+        if (self.sites.k is None) != (self.kv.k_bits == 16):
+            raise ValueError("sites.k must be set exactly when kv.k_bits is below 16")
+        return self
+
+    @property
+    def scheme(self) -> str:
+        """Name for people: ``w4a4``, ``w4a8`` or ``w4a16``."""
+        return f"w{self.weights.bits}a{self.activations.bits}"
+
+
+def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
+    """Check ``config`` (the ``quantization_config`` of config.json) and return it typed.
+
+    Raises SpecError with one sentence that names the key and what to do.
+    """
+    version = config.get("format_version")
+    if version is None:
+        raise SpecError(
+            "quantization_config says quant_method 'flatquant' but has no format_version: another tool "
+            "wrote it; re-quantize the original model with `flatquant quantize`"
+        )
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise SpecError(
+            f"quantization_config.format_version is {version}, this version of vllm-flatquant reads up "
+            f"to {FORMAT_VERSION}; upgrade with `pip install -U vllm-flatquant`"
+        )
+    try:
+        return FlatQuantSpec.model_validate(config)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        name = f"quantization_config.{key}" if key else "quantization_config"
+        if first["type"] == "extra_forbidden":
+            why = "unknown key; remove it or upgrade vllm-flatquant"
+        else:
+            why = first["msg"].removeprefix("Value error, ")
+        raise SpecError(f"{name}: {why}") from None
