@@ -43,6 +43,12 @@ def quantize_ref(z: Tensor, bits: int, clip: Tensor | float = 1.0) -> tuple[Tens
     return codes_ref(z, scale, bits).to(torch.int8), scale
 
 
+def dequantize_weight_ref(codes: Tensor, scale: Tensor) -> Tensor:
+    """Weight float32 [N, K] of int8 codes [N, K] and scale float32 [N, groups]."""
+    groups = codes.unflatten(-1, (scale.shape[1], -1)).float()
+    return (groups * scale.unsqueeze(-1)).flatten(-2)
+
+
 def asymmetric_ref(
     z: Tensor,
     bits: int,

@@ -1,0 +1,186 @@
+"""A decoder block with every FlatQuant transform and clip trainable."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.quantize import fake_quant_kv_ref
+from .architectures import Architecture
+from .errors import UserError
+from .factors import factor_pair
+from .matrices import MATRICES
+from .recipe import Recipe
+from .sites import CLIP_INIT, Site, round_ste
+from .weights import WeightClip, fake_quantize_weight, grouped
+
+
+@dataclass
+class Stats:
+    """Largest absolute input of each channel in the full-precision block, float32 [width]."""
+
+    qkv: Tensor
+    gate_up: Tensor
+    down: Tensor
+
+
+class TrainableLinear(nn.Module):
+    """A linear layer with transformed, clipped, fake-quantized weight behind a shared Site."""
+
+    def __init__(self, linear: nn.Linear, site: Site, recipe: Recipe):
+        super().__init__()
+        self.weight = linear.weight.detach()
+        self.bias = linear.bias.detach() if linear.bias is not None else None
+        self.recipe = recipe
+        groups = grouped(self.weight, recipe.group_size).shape[1]
+        self.clip = WeightClip(self.weight.shape[0], groups) if recipe.weight_clip else None
+        self.site = [site]  # a list keeps the shared site out of this module's parameters
+        self.value: list[nn.Module] = []  # P_v: of v_proj's output, or of o_proj's input
+        self.is_value_output = False
+
+    def transformed(self) -> tuple[Tensor, Tensor | None]:
+        """Transformed and clipped weight before rounding [out, in], and the bias that goes with it."""
+        p, p_inv_t = self.value[0]() if self.value else (None, None)
+        value_inv_t = p_inv_t if p_inv_t is not None and not self.is_value_output else None
+        weight, bias = self.site[0].transform_weight(self.weight, value_inv_t), self.bias
+        if self.clip is not None:
+            weight = self.clip(weight, self.recipe.group_size)
+        if p is not None and self.is_value_output:
+            weight = right_multiply_rows(weight, p[0])
+            bias = right_multiply_rows(bias[:, None], p[0])[:, 0] if bias is not None else None
+        return weight, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        weight, bias = self.transformed()
+        weight = fake_quantize_weight(weight, self.recipe.weight_bits, self.recipe.group_size)
+        return F.linear(self.site[0](x), weight, bias)
+
+
+def right_multiply_rows(weight: Tensor, p: Tensor) -> Tensor:
+    """Weight [heads * d, in] whose output per head is multiplied by P [d, d] from the right."""
+    heads = weight.unflatten(0, (-1, p.shape[0]))
+    return torch.einsum("de,hdi->hei", p.to(weight.dtype), heads).flatten(0, 1)
+
+
+class KVTransform(nn.Module):
+    """P_h on queries and keys after RoPE, and the quantization of keys and values."""
+
+    def __init__(self, head_dim: int, recipe: Recipe, generator: torch.Generator):
+        super().__init__()
+        self.recipe = recipe
+        self.k = MATRICES[recipe.matrix](1, head_dim, generator) if recipe.k_bits < 16 else None
+        self.k_logit = self._clip(recipe.k_bits)
+        self.v_logit = self._clip(recipe.v_bits)
+
+    @staticmethod
+    def _clip(bits: int) -> nn.Parameter | None:
+        if bits == 16:
+            return None
+        return nn.Parameter(torch.full((1 if bits == 8 else 2,), CLIP_INIT))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, D], k and v [B, KV, T, D]."""
+        if self.k is not None:
+            p, p_inv_t = self.k()
+            q, k = q @ p_inv_t[0], k @ p[0]
+            k = fake_quant_kv_ref(k, self.recipe.k_bits, self.k_logit.sigmoid(), round_ste)
+        if self.v_logit is not None:
+            v = fake_quant_kv_ref(v, self.recipe.v_bits, self.v_logit.sigmoid(), round_ste)
+        return q, k, v
+
+
+class TrainableBlock(nn.Module):
+    """Wraps a decoder layer in place: its linears become TrainableLinear, its attention gets the KV hook.
+
+    layer: a Transformers decoder layer with float32 weights. stats: channel maxima that start the
+    diagonals at ``max|W|**(1-alpha) / max|x|**alpha`` (SmoothQuant's rule, alpha 0.3 in FlatQuant).
+    """
+
+    def __init__(self, layer: nn.Module, arch: Architecture, recipe: Recipe, stats: Stats, seed: int):
+        super().__init__()
+        self.arch, self.recipe = arch, recipe
+        generator = torch.Generator().manual_seed(seed)
+        linears = {name: layer.get_submodule(name) for name in arch.linears}
+        attention = layer.get_submodule(arch.attention)
+        head_dim = attention.head_dim
+        heads = linears[arch.o].in_features // head_dim
+        check_shards(recipe.shards, heads, linears[arch.down].in_features)
+
+        def site(names: tuple[str, ...], shards: int, amax: Tensor) -> Site:
+            width = linears[names[0]].in_features
+            left, right = factor_pair(width // shards, f"input width of {names[0]}")
+            diag = None
+            if recipe.diag:
+                wmax = torch.stack([linears[n].weight.abs().amax(dim=0) for n in names]).amax(dim=0)
+                diag = smooth_diag(wmax, amax, recipe.diag_alpha)
+            return Site(shards, left, right, recipe.activation_bits, recipe.matrix, generator, diag)
+
+        self.sites = nn.ModuleDict(
+            {
+                "qkv": site(arch.qkv, 1, stats.qkv),
+                "o": Site(
+                    recipe.shards,
+                    heads // recipe.shards,
+                    None,
+                    recipe.activation_bits,
+                    recipe.matrix,
+                    generator,
+                ),
+                "gate_up": site(arch.gate_up, 1, stats.gate_up),
+                "down": site((arch.down,), recipe.shards, stats.down),
+            }
+        )
+        self.value = MATRICES[recipe.matrix](1, head_dim, generator)
+        self.kv = KVTransform(head_dim, recipe, generator)
+        self.linears = nn.ModuleDict()
+        for group, site_name in zip(arch.groups, ("qkv", "o", "gate_up", "down"), strict=True):
+            for name in group:
+                linear = TrainableLinear(linears[name], self.sites[site_name], recipe)
+                self.linears[name.replace(".", "/")] = linear
+                set_submodule(layer, name, linear)
+        for name, is_output in ((arch.qkv[2], True), (arch.o, False)):
+            linear = self.linears[name.replace(".", "/")]
+            linear.value, linear.is_value_output = [self.value], is_output
+        attention.flatquant_qkv = self.kv.forward
+        self.layer = [layer]
+        self.to(next(layer.parameters()).device)
+
+    def linear(self, name: str) -> TrainableLinear:
+        """The trainable linear of that name."""
+        return self.linears[name.replace(".", "/")]
+
+    def forget(self) -> None:
+        """Drop everything kept for the last step."""
+        for site in self.sites.values():
+            site.forget()
+
+    def parameter_groups(self, lr: float, clip_factor: float) -> list[dict]:
+        """Optimizer groups: transforms and diagonals at ``lr``, clips at ``lr * clip_factor``."""
+        clips = [p for n, p in self.named_parameters() if n.endswith("_logit")]
+        rest = [p for n, p in self.named_parameters() if not n.endswith("_logit")]
+        return [{"params": rest, "lr": lr}, {"params": clips, "lr": lr * clip_factor}]
+
+
+def check_shards(shards: int, heads: int, intermediate: int) -> None:
+    """Raise UserError unless ``shards`` divides the query heads and the intermediate size."""
+    common = math.gcd(heads, intermediate)
+    if common % shards:
+        legal = [s for s in range(1, common + 1) if common % s == 0 and s <= 64]
+        raise UserError(
+            f"shards={shards} does not divide both {heads} query heads and intermediate size "
+            f"{intermediate}; use one of {', '.join(map(str, legal))}"
+        )
+
+
+def smooth_diag(wmax: Tensor, xmax: Tensor, alpha: float) -> Tensor:
+    """``wmax**(1-alpha) / xmax**alpha`` with both floored at 1e-5, [width]."""
+    return wmax.clamp(min=1e-5) ** (1 - alpha) / xmax.clamp(min=1e-5) ** alpha
+
+
+def set_submodule(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the submodule ``name`` (dotted) of ``root``."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent), child, module)

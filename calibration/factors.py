@@ -1,0 +1,24 @@
+"""Split a dimension into the two sizes of a Kronecker product."""
+
+from .errors import UserError
+
+MAX_FACTOR = 1024
+"""A larger factor costs more than the linear layer it serves."""
+
+
+def factor_pair(n: int, name: str = "dimension") -> tuple[int, int]:
+    """(left, right) with ``left * right = n`` and ``left <= right``, as balanced as n allows.
+
+    A pair of multiples of 16 (the tensor cores' tile) wins if its sum is at most 1.3 times the smallest.
+    Raises UserError naming ``name`` if no pair has both factors up to 1024.
+    """
+    pairs = [(a, n // a) for a in range(1, int(n**0.5) + 1) if n % a == 0]
+    best = min(pairs, key=sum)
+    aligned = [p for p in pairs if p[0] % 16 == 0 and p[1] % 16 == 0 and sum(p) <= 1.3 * sum(best)]
+    left, right = min(aligned, key=sum) if aligned else best
+    if right > MAX_FACTOR:
+        raise UserError(
+            f"{name} {n} has no factor pair with both factors up to {MAX_FACTOR} (the best is "
+            f"{left} x {right}); pick a number of shards that gives a friendlier block, or another model"
+        )
+    return left, right

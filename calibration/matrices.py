@@ -1,0 +1,77 @@
+"""Trainable invertible matrices: each gives the matrix P and its inverse transpose."""
+
+import torch
+from torch import Tensor, nn
+
+
+def random_orthogonal(shards: int, n: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal matrices, float32 [shards, n, n], on the CPU."""
+    q, r = torch.linalg.qr(torch.randn(shards, n, n, generator=generator, dtype=torch.float64))
+    return (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+
+
+def cayley(raw: Tensor) -> Tensor:
+    """Orthogonal matrix of the skew part of ``raw`` [S, n, n]: ``(I + A/2)^-1 (I - A/2)``.
+
+    A is the lower triangle of raw minus its transpose (Cayley map, as in
+    ``torch.nn.utils.parametrizations.orthogonal``).
+    """
+    lower = raw.tril(-1)
+    skew = lower - lower.mT
+    eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
+    return torch.linalg.solve_ex(eye + skew / 2, eye - skew / 2)[0]
+
+
+class SVDMatrix(nn.Module):
+    """``P = U diag(s) V^T`` with U, V orthogonal and s positive (FlatQuant, section 3.2).
+
+    U and V come from the Cayley map, so the inverse is free: ``P^-T = U diag(1/s) V^T``. The raw
+    parameters start as random orthogonal matrices, which makes U V^T a mild rotation; s starts at 1 and
+    is the exponential of its parameter, so that no step can make P singular.
+    """
+
+    def __init__(self, shards: int, n: int, generator: torch.Generator):
+        super().__init__()
+        self.u = nn.Parameter(random_orthogonal(shards, n, generator))
+        self.v = nn.Parameter(random_orthogonal(shards, n, generator))
+        self.log_s = nn.Parameter(torch.zeros(shards, 1, n))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(P, P^-T), each [S, n, n]."""
+        both = cayley(torch.cat([self.u, self.v]))
+        u, v = both.chunk(2)
+        s = self.log_s.exp()
+        return (u * s) @ v.mT, (u / s) @ v.mT
+
+
+class DirectMatrix(nn.Module):
+    """A free matrix whose inverse is recomputed in float64 at every step; starts random orthogonal."""
+
+    def __init__(self, shards: int, n: int, generator: torch.Generator):
+        super().__init__()
+        self.p = nn.Parameter(random_orthogonal(shards, n, generator))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(P, P^-T), each [S, n, n]."""
+        inverse = torch.linalg.inv_ex(self.p.double())[0]
+        return self.p, inverse.mT.to(self.p.dtype)
+
+
+class OrthogonalMatrix(nn.Module):
+    """A trainable rotation: ``P = P^-T``, from the Cayley map."""
+
+    def __init__(self, shards: int, n: int, generator: torch.Generator):
+        super().__init__()
+        self.u = nn.Parameter(random_orthogonal(shards, n, generator))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(P, P^-T), the same matrix [S, n, n] twice."""
+        p = cayley(self.u)
+        return p, p
+
+
+MATRICES: dict[str, type[SVDMatrix] | type[DirectMatrix] | type[OrthogonalMatrix]] = {
+    "svd": SVDMatrix,
+    "direct": DirectMatrix,
+    "orthogonal": OrthogonalMatrix,
+}

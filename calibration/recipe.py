@@ -1,0 +1,90 @@
+"""What to do to a model: one typed recipe, kept in the checkpoint as recipe.yaml."""
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..spec import SCHEMES
+from .errors import UserError
+
+
+class Recipe(BaseModel):
+    """Every choice that decides the numbers of a checkpoint.
+
+    scheme: w4a4, w4a8 or w4a16. kv: bits of the KV cache. shards: blocks of the o_proj and down_proj
+    transforms. samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
+    lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scheme: Literal["w4a4", "w4a8", "w4a16"] = "w4a4"
+    kv: Literal[4, 8, 16] = 16
+    group_size: int | None = Field(default=None, gt=0)
+    rounding: Literal["rtn", "gptq"] = "rtn"
+    shards: int = Field(default=1, gt=0)
+    samples: int = Field(default=128, gt=0)
+    seq_len: int = Field(default=2048, gt=1)
+    epochs: int = Field(default=15, ge=0)
+    batch_size: int = Field(default=4, gt=0)
+    lr: float = Field(default=5e-3, gt=0)
+    clip_lr_factor: float = Field(default=10.0, gt=0)
+    matrix: Literal["svd", "direct", "orthogonal"] = "svd"
+    diag: bool = True
+    diag_alpha: float = Field(default=0.3, ge=0, le=1)
+    weight_clip: bool = True
+    gptq_damping: float = Field(default=0.01, gt=0)
+    gptq_block: int = Field(default=128, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _servable(self) -> "Recipe":
+        if self.group_size is not None and self.activation_bits != 16:
+            raise ValueError(
+                f"group_size={self.group_size} is served only with 16-bit activations; "
+                "use --scheme w4a16 or drop the group size"
+            )
+        return self
+
+    @property
+    def weight_bits(self) -> int:
+        """Bits of a weight."""
+        return SCHEMES[self.scheme][0]
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation."""
+        return SCHEMES[self.scheme][1]
+
+    @property
+    def k_bits(self) -> int:
+        """Bits of a cached key."""
+        return self.kv
+
+    @property
+    def v_bits(self) -> int:
+        """Bits of a cached value."""
+        return self.kv
+
+    def to_yaml(self) -> str:
+        """The recipe as recipe.yaml holds it."""
+        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "quick": {"samples": 16, "seq_len": 256, "epochs": 3},
+}
+"""Named settings for ``--preset``. ``quick`` is reduced: for trying things out, not for accuracy."""
+
+
+def make_recipe(**settings: Any) -> Recipe:
+    """A checked recipe; UserError with one sentence if a setting is unknown or out of range."""
+    try:
+        return Recipe(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "recipe"
+        given = "" if not first["loc"] else f"={settings.get(str(first['loc'][0]))!r}"
+        raise UserError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -1,0 +1,212 @@
+"""A Hugging Face model folder, read one block at a time."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .architectures import Architecture, find_architecture
+from .attention import ATTENTION
+from .errors import UserError
+
+SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+"""Tokenizer, generation and licence files that go along with a checkpoint."""
+
+
+class ModelSource:
+    """An unquantized model on disk.
+
+    Attributes: path, config (Transformers), arch, dtype (of the linear weights), num_blocks.
+    Raises UserError for every kind of folder that cannot be quantized.
+    """
+
+    def __init__(self, model: str | Path):
+        self.path = resolve_folder(model)
+        self.raw_config = read_config(self.path)
+        if "quantization_config" in self.raw_config:
+            method = self.raw_config["quantization_config"].get("quant_method", "unknown")
+            raise UserError(
+                f"{self.path} is already quantized (quant_method '{method}'); start from the original model"
+            )
+        self.arch: Architecture = find_architecture(self.raw_config.get("model_type"))
+        self.config: PreTrainedConfig = load_config(self.path)
+        self.files = WeightFiles(self.path)
+        self.model = meta_model(self.config)
+        self.num_blocks: int = self.config.num_hidden_layers
+        self._check_names()
+        self.dtype = self.files.dtype(f"{self.arch.blocks}.0.{self.arch.o}.weight")
+
+    def _check_names(self) -> None:
+        expected = dict(self.model.state_dict())
+        shapes = {n: tuple(t.shape) for n, t in expected.items()}
+        if getattr(self.config, "tie_word_embeddings", False):
+            shapes.pop("lm_head.weight", None)
+        missing = sorted(n for n in shapes if n not in self.files)
+        extra = sorted(
+            n for n in self.files.names if n not in expected and not n.endswith("rotary_emb.inv_freq")
+        )
+        for kind, names in (("lacks", missing), ("has unknown", extra)):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise UserError(
+                    f"{self.path} {kind} tensor {names[0]}{more}; "
+                    "download the model again, or check that config.json belongs to these weights"
+                )
+        for name, shape in shapes.items():
+            if self.files.shape(name) != shape:
+                raise UserError(
+                    f"{self.path}: tensor {name} has shape {self.files.shape(name)}, config.json asks for "
+                    f"{shape}; check that config.json belongs to these weights"
+                )
+
+    def block_prefix(self, index: int) -> str:
+        """``model.layers.N.``"""
+        return f"{self.arch.blocks}.{index}."
+
+    def block_tensors(self, index: int) -> dict[str, Tensor]:
+        """Tensors of one block under names relative to it, in their stored dtype, on the CPU."""
+        prefix = self.block_prefix(index)
+        names = [n for n in self.files.names if n.startswith(prefix) and "rotary_emb" not in n]
+        return {n.removeprefix(prefix): self.files.tensor(n) for n in names}
+
+    def load_block(self, index: int, device: torch.device) -> nn.Module:
+        """The decoder layer ``index`` with float32 weights on ``device``; the model keeps none of it."""
+        layer = type(self.model.get_submodule(self.arch.blocks)[index])(self.config, index)
+        state = {n: t.to(device, torch.float32) for n, t in self.block_tensors(index).items()}
+        layer.load_state_dict(state, assign=True)
+        return layer.requires_grad_(False).eval()
+
+    def other_names(self) -> list[str]:
+        """Names of the tensors outside the blocks (embeddings, final norm, lm_head)."""
+        return [
+            n
+            for n in self.files.names
+            if not n.startswith(self.arch.blocks + ".") and not n.endswith("rotary_emb.inv_freq")
+        ]
+
+
+class WeightFiles:
+    """Safetensors shards of a folder: which tensor is where."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
+                raise UserError(
+                    f"{path} has only pickle weights (.bin, .pt), which can run code when read; convert "
+                    "them to safetensors (save_pretrained does) and try again"
+                )
+            raise UserError(f"{path} has no .safetensors weights; download the model again")
+        index = path / "model.safetensors.index.json"
+        if index.exists():
+            try:
+                listed = set(json.loads(index.read_text())["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{index} is not a safetensors index ({error}); download it again"
+                ) from None
+            for name in sorted(listed):
+                if Path(name).name != name:
+                    raise UserError(
+                        f"{index} points outside its folder ({name}); download the model again"
+                    )
+                if not (path / name).exists():
+                    raise UserError(
+                        f"{path} lacks {name}, which its index lists; download the model again"
+                    )
+            shards = [path / n for n in sorted(listed)]
+        self._where: dict[str, Path] = {}
+        for shard in shards:
+            with self._open(shard) as f:
+                self._where.update({name: shard for name in f.keys()})  # noqa: SIM118
+
+    @staticmethod
+    def _open(shard: Path) -> Any:
+        try:
+            return safe_open(shard, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{shard} cannot be read ({error}); download it again") from None
+
+    @property
+    def names(self) -> list[str]:
+        """Every tensor name, sorted."""
+        return sorted(self._where)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape, without reading the data."""
+        with self._open(self._where[name]) as f:
+            return tuple(f.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype."""
+        return self.tensor(name, check=False).dtype
+
+    def tensor(self, name: str, check: bool = True) -> Tensor:
+        """The tensor on the CPU; UserError if it holds NaN or inf."""
+        with self._open(self._where[name]) as f:
+            tensor = f.get_tensor(name)
+        if check and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(
+                f"{self._where[name]}: tensor {name} holds NaN or inf; the model is damaged, download it again"
+            )
+        return tensor
+
+
+def resolve_folder(model: str | Path) -> Path:
+    """A local folder, or a hub name downloaded to the Hugging Face cache; UserError if neither."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or path.exists():
+        raise UserError(
+            f"model folder {model} does not exist; give a folder or a Hugging Face name (org/name)"
+        )
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *SIDE_FILES]))
+    except Exception as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{model} is neither a folder nor a model that can be downloaded ({why}); check the name"
+        ) from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dict; UserError if there is none or it is no JSON object."""
+    file = path / "config.json"
+    if not file.exists():
+        raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model")
+    try:
+        config = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); download it again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file} is not a JSON object; download it again")
+    return config
+
+
+def load_config(path: Path) -> PreTrainedConfig:
+    """Transformers' config of a folder; UserError with its complaint if it has one."""
+    try:
+        return AutoConfig.from_pretrained(path)
+    except Exception as error:
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}/config.json is not a usable model config ({why})") from None
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without weights (on the meta device), with our attention hook and real RoPE tables."""
+    config._attn_implementation = ATTENTION
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    return model.eval().requires_grad_(False)
