@@ -1,6 +1,6 @@
 """Train examples/tiny-llama: a Llama of 4M parameters on the Python standard library's own source.
 
-    python examples/train_tiny_llama.py --out out/tiny-llama          # a GPU needs a few minutes
+    python examples/train_tiny_llama.py --out out/tiny-llama          # a GPU needs a minute or two
     python examples/train_tiny_llama.py --heldout-text examples/heldout.txt
 
 One file in twenty is held out, chosen by a hash of its path, so the split is the same on every
@@ -169,6 +169,8 @@ def train(
             if ppl < best_ppl:
                 best = {k: v.detach().clone() for k, v in model.state_dict().items()}
                 best_ppl, best_step = ppl, step + 1
+            elif step + 1 - best_step >= args.patience * args.eval_every:
+                break
     return best, best_step
 
 
@@ -186,8 +188,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=5)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.5)
     parser.add_argument("--eval-every", type=int, default=100)
+    parser.add_argument(
+        "--patience", type=int, default=8, help="stop after so many evaluations without a new best"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
