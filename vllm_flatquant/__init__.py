@@ -4,5 +4,12 @@ __version__ = "0.1.0"
 
 
 def register() -> None:
-    """Register the ``flatquant`` quantization method with vLLM. Idempotent, does not touch CUDA."""
-    from . import config  # noqa: F401
+    """Register the ``flatquant`` quantization method with vLLM. Idempotent, does not touch CUDA.
+
+    vLLM calls this in every process (server, engine, workers), also for models that do not use FlatQuant.
+    """
+    from ._compat import check_engine_arguments, register_quantization
+    from .config import FlatQuantConfig
+
+    register_quantization(FlatQuantConfig)
+    check_engine_arguments(FlatQuantConfig)

@@ -1,0 +1,248 @@
+"""Everything of vLLM that is private or differs between versions 0.26 and 0.33; nothing else may import it."""
+
+import functools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+    RowvLLMParameter,
+)
+from vllm.platforms import current_platform
+
+from .errors import UnsupportedError
+from .spec import QUANT_METHOD, SpecError
+
+__all__ = [
+    "Attention",
+    "BaseKVCacheMethod",
+    "BasevLLMParameter",
+    "ChannelQuantScaleParameter",
+    "GroupQuantScaleParameter",
+    "LinearBase",
+    "LinearMethodBase",
+    "PackedvLLMParameter",
+    "QuantizationConfig",
+    "QuantizeMethodBase",
+    "RowvLLMParameter",
+    "UnquantizedLinearMethod",
+    "WeightsMapper",
+    "register_weight_loader_v2_supported_method",
+]
+
+logger = init_logger("vllm.plugins.flatquant")  # vLLM shows INFO only from loggers below "vllm"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The options of a vLLM run that FlatQuant has an opinion on."""
+
+    tensor_parallel: int
+    pipeline_parallel: int
+    lora: bool
+    load_format: str
+    kv_cache_dtype: str
+
+    @property
+    def loads_tensors(self) -> bool:
+        """Whether named checkpoint tensors reach the layers before their weights are processed."""
+        return self.load_format not in ("dummy", "sharded_state")
+
+
+def deployment(vllm_config: Any = None) -> Deployment:
+    """The options of ``vllm_config``, by default of the run that is being built."""
+    config = vllm_config if vllm_config is not None else get_current_vllm_config()
+    return Deployment(
+        tensor_parallel=config.parallel_config.tensor_parallel_size,
+        pipeline_parallel=config.parallel_config.pipeline_parallel_size,
+        lora=config.lora_config is not None,
+        load_format=str(config.load_config.load_format),
+        kv_cache_dtype=str(config.cache_config.cache_dtype),
+    )
+
+
+def is_cpu() -> bool:
+    """Whether vLLM runs on its CPU platform."""
+    return current_platform.is_cpu()
+
+
+def cuda_capability() -> int | None:
+    """Compute capability as 80, 90, ...; None without a CUDA device."""
+    if not current_platform.is_cuda():
+        return None
+    capability = current_platform.get_device_capability()
+    return None if capability is None else capability.to_int()
+
+
+def is_moe_layer(layer: nn.Module) -> bool:
+    """Whether ``layer`` holds routed experts (the class has had three names)."""
+    return any(cls.__name__ in ("RoutedExperts", "FusedMoE") for cls in type(layer).__mro__)
+
+
+def output_parts(layer: nn.Module) -> list[tuple[str | int | None, int]]:
+    """The stacked parts of a linear layer: vLLM's shard id and the whole, unsplit output size of each."""
+    if isinstance(layer, QKVParallelLinear):
+        heads, kv_heads = layer.total_num_heads, layer.total_num_kv_heads
+        v_size = getattr(layer, "v_head_size", layer.head_size)
+        return [
+            ("q", heads * layer.head_size),
+            ("k", kv_heads * layer.head_size),
+            ("v", kv_heads * v_size),
+        ]
+    if isinstance(layer, MergedColumnParallelLinear):
+        return list(enumerate(layer.output_sizes))
+    return [(None, cast(int, layer.output_size))]
+
+
+def register_quantization(config_class: type[QuantizationConfig]) -> None:
+    """Make vLLM use ``config_class`` for ``quant_method: flatquant``. Idempotent."""
+    register_quantization_config(QUANT_METHOD)(config_class)
+
+
+def check_engine_arguments(config_class: Any) -> None:
+    """Have ``config_class.check_deployment`` called before the engine starts. Idempotent.
+
+    Without this vLLM builds a first layer in a worker process before our checks run. The method it
+    wraps may change its name: then the checks in the worker remain.
+    """
+    try:
+        from vllm.engine.arg_utils import EngineArgs
+
+        original = EngineArgs.create_engine_config
+    except (ImportError, AttributeError):
+        return
+    if getattr(original, "_flatquant", False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            vllm_config = original(self, *args, **kwargs)
+            if isinstance(vllm_config.quant_config, config_class):
+                vllm_config.quant_config.check_deployment(deployment(vllm_config))
+                _track_other_weights(vllm_config.load_config)
+            return vllm_config
+        except ValueError as error:
+            ours = _our_error(error)
+            if ours is None:
+                raise
+            if Path(sys.argv[0]).name == "vllm":  # a sentence for the command line, not a traceback
+                sys.exit(f"vllm: error: {ours}")
+            raise ours from None
+
+    cast(Any, create_engine_config)._flatquant = True
+    cast(Any, EngineArgs).create_engine_config = create_engine_config
+
+
+def _our_error(error: ValueError) -> ValueError | None:
+    """``error`` if it is ours, or ours inside the ValidationError that pydantic made of it."""
+    if isinstance(error, (UnsupportedError, SpecError)):
+        return error
+    details = cast(Any, error).errors() if hasattr(error, "errors") else []
+    for detail in details:
+        inner = detail.get("ctx", {}).get("error")
+        if isinstance(inner, (UnsupportedError, SpecError)):
+            return inner
+    return None
+
+
+def _track_other_weights(load_config: Any) -> None:
+    """Ask vLLM to notice missing norm weights; by default it does so for unquantized models only."""
+    extra = load_config.model_loader_extra_config
+    if str(load_config.load_format) in ("auto", "safetensors", "hf") and isinstance(extra, dict):
+        extra.setdefault("enable_weights_track", True)
+
+
+class WeightOnlyKernel:
+    """vLLM's own kernel for 16-bit activations times 4-bit weights (Machete, Marlin, ...).
+
+    Chosen when the layer is built, as vLLM's own quantization methods do.
+    """
+
+    def __init__(
+        self,
+        full_shape: tuple[int, int],
+        local_shape: tuple[int, int],
+        group_size: int | None,
+        dtype: torch.dtype,
+    ) -> None:
+        """full_shape, local_shape: [in, out] of the layer and of this rank's part of it."""
+        from vllm.model_executor.kernels.linear import MPLinearLayerConfig, choose_mp_linear_kernel
+        from vllm.scalar_type import scalar_types
+
+        options: dict[str, Any] = {
+            "full_weight_shape": full_shape,
+            "partition_weight_shape": local_shape,
+            "weight_type": scalar_types.uint4b8,
+            "act_type": dtype,
+            "group_size": -1 if group_size is None else group_size,
+            "zero_points": False,
+            "has_g_idx": False,
+        }
+        known = {field.name for field in fields(MPLinearLayerConfig)}  # has_g_idx: gone after 0.26
+        config = MPLinearLayerConfig(**{key: value for key, value in options.items() if key in known})
+        try:
+            kernel_type = choose_mp_linear_kernel(config)
+        except ValueError as error:
+            raise UnsupportedError(
+                f"vLLM has no 4-bit weight kernel here for a layer of {full_shape[0]} x {full_shape[1]} "
+                f"in {dtype}; serve with --dtype bfloat16 or use the w4a8 scheme ({error})"
+            ) from None
+        logger.info_once("FlatQuant w4a16 uses vLLM's %s", kernel_type.__name__)
+        self._kernel = kernel_type(config, "weight_packed", "weight_scale")
+
+    def process(self, layer: nn.Module, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
+        """Give ``layer`` the kernel's weights. packed: uint8 [N, K/2] of our format. scale: [N, groups]."""
+        # The kernels take code + 8 in each nibble, eight to an int32, low nibble first: our byte order,
+        # with two's complement turned into an offset by flipping the top bit of each nibble.
+        words = (packed ^ 0x88).contiguous().view(torch.int32)
+        loader: Callable[..., Any] = _no_reload
+        layer.register_parameter(
+            "weight_packed",
+            PackedvLLMParameter(
+                data=words,
+                input_dim=1,
+                output_dim=0,
+                packed_dim=1,
+                packed_factor=8,
+                weight_loader=loader,
+            ),
+        )
+        layer.register_parameter(
+            "weight_scale",
+            GroupQuantScaleParameter(
+                data=scale.to(dtype).contiguous(), input_dim=1, output_dim=0, weight_loader=loader
+            ),
+        )
+        self._kernel.process_weights_after_loading(layer)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x: [T, K] -> [T, N]."""
+        return self._kernel.apply_weights(layer, x, bias)
+
+
+def _no_reload(*_: Any) -> None:
+    raise UnsupportedError("FlatQuant weights cannot be reloaded in a running engine; start a new one")

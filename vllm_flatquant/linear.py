@@ -1,0 +1,207 @@
+"""Quantized linear layers: which parameters they have, how they load, how they are applied."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _compat
+from ._compat import (
+    BasevLLMParameter,
+    ChannelQuantScaleParameter,
+    GroupQuantScaleParameter,
+    LinearMethodBase,
+    PackedvLLMParameter,
+    RowvLLMParameter,
+    register_weight_loader_v2_supported_method,
+)
+from .backend import LayerShape, make_runtime
+from .errors import CheckpointError, UnsupportedError
+from .loading import ExpectedTensors
+from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name
+from .spec import FlatQuantSpec
+
+
+def factor_shapes(
+    spec: FlatQuantSpec, site: Site, layer: str, inputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the transform parameters of ``layer``, which has ``inputs`` inputs over all ranks.
+
+    Returns parameter -> shape, leaving out those that the checkpoint does not have. Raises
+    CheckpointError if the spec's sizes do not fit.
+    """
+    shards = spec.shards if site.row_parallel else 1
+    shapes: dict[str, tuple[int, ...]] = {}
+    if site.name == "o":
+        head = spec.sites.o
+        if head is not None:
+            shapes["transform_left"] = (shards, head, head)
+        fits = inputs % (shards * (head or 1)) == 0
+        given = f"shards={shards}, sites.o={head}"
+    else:
+        factors = getattr(spec.sites, site.name)
+        if factors is not None:
+            shapes["transform_left"] = (shards, factors.left, factors.left)
+            shapes["transform_right"] = (shards, factors.right, factors.right)
+        width = factors.left * factors.right if factors is not None else inputs // shards
+        fits = shards * width == inputs
+        given = f"shards={shards}, sites.{site.name}={factors}"
+    if not fits:
+        raise CheckpointError(
+            f"{layer} has {inputs} inputs, which quantization_config ({given}) does not fit; "
+            "config.json was changed, quantize the model again"
+        )
+    if spec.activations.bits < 16:
+        shapes["transform_clip"] = (shards,)
+    return shapes
+
+
+@register_weight_loader_v2_supported_method
+class FlatQuantLinearMethod(LinearMethodBase):
+    """One quantized linear layer (fused q/k/v and gate/up count as one)."""
+
+    def __init__(self, spec: FlatQuantSpec, site: Site, backend: str) -> None:
+        self._spec = spec
+        self._site = site
+        self._backend = backend
+
+    def create_weights(
+        self,
+        layer: Any,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Register the checkpoint's tensors as parameters of ``layer``.
+
+        Raises UnsupportedError or CheckpointError if the layer's sizes cannot be served.
+        """
+        prefix, weights = str(layer.prefix), self._spec.weights
+        local_outputs = sum(output_partition_sizes)
+        group = weights.group_size or input_size
+        if input_size_per_partition % 2 or (weights.group_size and input_size_per_partition % group):
+            raise UnsupportedError(
+                f"{prefix} has {input_size_per_partition} inputs per tensor-parallel rank, not a multiple "
+                f"of weights.group_size {group if weights.group_size else 2}; serve with a smaller "
+                "--tensor-parallel-size or quantize with another group size"
+            )
+        self._runtime = make_runtime(
+            self._spec,
+            self._backend,
+            LayerShape(input_size, output_size, input_size_per_partition, local_outputs),
+            params_dtype,
+        )
+        self._expected = ExpectedTensors(prefix)
+        self._strict = _compat.deployment().loads_tensors
+
+        parts = _compat.output_parts(layer)
+        groups = input_size // group
+        for (shard, rows), part in zip(parts, self._site.parts, strict=True):
+            names = {kind: checkpoint_name(prefix, f"{part}.{kind}") for kind in _PART_TENSORS}
+            packed_shape, scale_shape = (rows, input_size // 2), (rows, groups)
+            self._expected.expect(
+                "weight_packed", shard, names["weight_packed"], packed_shape, torch.uint8
+            )
+            self._expected.expect(
+                "weight_scale", shard, names["weight_scale"], scale_shape, torch.float32
+            )
+            self._expected.expect("bias", shard, names["bias"], (rows,), None)
+
+        loader = extra_weight_attrs["weight_loader"]
+        self._add_weights(layer, loader, local_outputs, input_size_per_partition, groups, input_size)
+        self._add_factors(layer, loader, input_size, input_size_per_partition)
+        # vLLM makes the bias after this call and gives it this loader.
+        layer.weight_loader = self._expected.checked("bias", layer.weight_loader)
+
+    def _add_weights(
+        self, layer: Any, loader: Any, outputs: int, local_inputs: int, groups: int, inputs: int
+    ) -> None:
+        packed = PackedvLLMParameter(
+            data=torch.empty(outputs, local_inputs // 2, dtype=torch.uint8),
+            input_dim=1,
+            output_dim=0,
+            packed_dim=1,
+            packed_factor=2,
+            weight_loader=self._expected.checked("weight_packed", loader),
+        )
+        layer.register_parameter("weight_packed", packed)
+        scale_loader = self._expected.checked("weight_scale", loader)
+        scale: BasevLLMParameter
+        if self._spec.weights.group_size is None:
+            data = torch.empty(outputs, 1, dtype=torch.float32)
+            scale = ChannelQuantScaleParameter(data=data, output_dim=0, weight_loader=scale_loader)
+        else:
+            local_groups = groups * local_inputs // inputs
+            data = torch.empty(outputs, local_groups, dtype=torch.float32)
+            scale = GroupQuantScaleParameter(
+                data=data, output_dim=0, input_dim=1, weight_loader=scale_loader
+            )
+        layer.register_parameter("weight_scale", scale)
+
+    def _add_factors(self, layer: Any, loader: Any, inputs: int, local_inputs: int) -> None:
+        prefix = str(layer.prefix)
+        shapes = factor_shapes(self._spec, self._site, prefix, inputs)
+        ranks = inputs // local_inputs
+        for name in FACTOR_NAMES:
+            shape = shapes.get(name)
+            if shape is None:
+                layer.register_parameter(name, None)
+                continue
+            tensor = checkpoint_name(prefix, factor_name(self._site, name))
+            self._expected.expect(name, None, tensor, shape, torch.float32)
+            weight_loader = self._expected.checked(name, loader)
+            # vLLM's loaders take a tensor that belongs to the whole fused module only for these classes.
+            parameter: BasevLLMParameter
+            if self._site.row_parallel:
+                if shape[0] % ranks:
+                    raise UnsupportedError(tensor_parallel_message(shape[0], ranks))
+                data = torch.empty(shape[0] // ranks, *shape[1:], dtype=torch.float32)
+                parameter = RowvLLMParameter(data=data, input_dim=0, weight_loader=weight_loader)
+            else:
+                data = torch.empty(shape, dtype=torch.float32)
+                parameter = BasevLLMParameter(data=data, weight_loader=weight_loader)
+            layer.register_parameter(name, parameter)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Check that everything came and turn the checkpoint's layout into the backend's.
+
+        Raises CheckpointError naming each tensor that is missing.
+        """
+        if not hasattr(self, "_expected"):
+            return  # a second call, on weights that are processed already
+        if layer.bias is None:
+            self._expected.forget("bias")
+        if self._strict:
+            self._expected.require_all()
+        for name in FACTOR_NAMES:
+            value = getattr(layer, name)
+            if value is not None:
+                layer.register_parameter(name, nn.Parameter(value.data, requires_grad=False))
+        packed, scale = layer.weight_packed.data, layer.weight_scale.data
+        del layer.weight_packed, layer.weight_scale, self._expected
+        self._runtime.process(layer, packed, scale)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x: [..., K] -> [..., N] in x's dtype; on this rank's part of K and N."""
+        out = self._runtime.apply(layer, x.reshape(-1, x.shape[-1]), bias)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+_PART_TENSORS = ("weight_packed", "weight_scale", "bias")
+
+
+def tensor_parallel_message(shards: int, ranks: int) -> str:
+    """Why ``ranks`` tensor-parallel ranks cannot serve ``shards`` transform blocks."""
+    if shards == 1:
+        return (
+            f"this checkpoint was quantized with --shards 1 and serves with --tensor-parallel-size 1 only, "
+            f"not {ranks}; quantize it again with `flatquant quantize --shards {ranks}`"
+        )
+    legal = ", ".join(str(n) for n in range(1, shards + 1) if shards % n == 0)
+    return (
+        f"--tensor-parallel-size {ranks} does not divide the {shards} shards of this checkpoint; use one of "
+        f"{legal}, or quantize again with --shards {ranks}"
+    )

@@ -1,0 +1,77 @@
+"""Where FlatQuant sits in a model: checkpoint tensor names and the vLLM modules that take them.
+
+vLLM fuses q/k/v and gate/up into one module each, and that module's input is a transform site.
+"""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Site:
+    """One kind of linear layer.
+
+    name: the site's key in the spec and in tensor names. module: the vLLM module, from the block's
+    sub-module on. parts: the checkpoint's modules, in the order in which vLLM stacks their rows.
+    row_parallel: tensor parallelism splits the input, so the transform is split by shard.
+    """
+
+    name: str
+    module: str
+    parts: tuple[str, ...]
+    row_parallel: bool
+
+
+SITES = (
+    Site("qkv", "self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), False),
+    Site("o", "self_attn.o_proj", ("o_proj",), True),
+    Site("gate_up", "mlp.gate_up_proj", ("gate_proj", "up_proj"), False),
+    Site("down", "mlp.down_proj", ("down_proj",), True),
+)
+
+FACTOR_NAMES = {"transform_left": "left", "transform_right": "right", "transform_clip": "clip"}
+"""Parameter of a linear module -> last part of its checkpoint name (the o site calls left ``head``)."""
+
+ATTENTION_NAMES = {
+    "k_transform_matrix": "k_transform.matrix",
+    "k_transform_inverse_t": "k_transform.inverse_t",
+    "k_transform_clip": "k_transform.clip",
+    "v_transform_clip": "v_transform.clip",
+}
+"""Parameter of an attention module -> checkpoint name below ``self_attn``."""
+
+
+def site_of(prefix: str) -> Site | None:
+    """The site of the vLLM module called ``prefix``; None if FlatQuant does not quantize such a module."""
+    for site in SITES:
+        if f".{prefix}".endswith(f".{site.module}"):
+            return site
+    return None
+
+
+def checkpoint_name(prefix: str, tensor: str) -> str:
+    """Name in the checkpoint of ``tensor`` (``q_proj.bias``) beside the vLLM module ``prefix``."""
+    return f"{prefix.rpartition('.')[0]}.{tensor}"
+
+
+def factor_name(site: Site, parameter: str) -> str:
+    """Name in the checkpoint, below the block's sub-module, of a linear module's transform parameter."""
+    last = FACTOR_NAMES[parameter]
+    return f"{site.name}_transform.{'head' if (site.name, last) == ('o', 'left') else last}"
+
+
+def rename_rules() -> dict[re.Pattern[str], str]:
+    """Regular expressions from checkpoint names to parameter names.
+
+    vLLM applies them at two nesting levels, so they do not match their own results, and need no
+    ``model.`` in front.
+    """
+    rules: dict[re.Pattern[str], str] = {}
+    for site in SITES:
+        parent, _, module = site.module.partition(".")
+        for parameter in FACTOR_NAMES:
+            old = re.escape(f".{parent}.{factor_name(site, parameter)}")
+            rules[re.compile(old + "$")] = f".{parent}.{module}.{parameter}"
+    for parameter, name in ATTENTION_NAMES.items():
+        rules[re.compile(re.escape(f".self_attn.{name}") + "$")] = f".self_attn.attn.{parameter}"
+    return rules
