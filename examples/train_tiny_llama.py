@@ -218,9 +218,7 @@ def main() -> None:
         flush=True,
     )
 
-    started = time.time()
     state, best_step = train(model, train_tokens, heldout_tokens, args)
-    seconds = time.time() - started
     model.load_state_dict(state)
     # The figure that is reported belongs to the weights as they are saved.
     model.to(torch.bfloat16)
@@ -250,7 +248,6 @@ def main() -> None:
         "lr": args.lr,
         "weight_decay": args.weight_decay,
         "seed": args.seed,
-        "seconds": round(seconds, 1),
         "device": torch.cuda.get_device_name() if args.device.startswith("cuda") else platform.machine(),
         "torch": torch.__version__,
     }
