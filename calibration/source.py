@@ -18,6 +18,9 @@ from .errors import UserError
 SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
 """Tokenizer, generation and licence files that go along with a checkpoint."""
 
+GOLDEN = "golden.safetensors"
+"""A checkpoint's self-test, no part of the weights."""
+
 
 class ModelSource:
     """An unquantized model on disk.
@@ -96,7 +99,7 @@ class WeightFiles:
 
     def __init__(self, path: Path):
         self.path = path
-        shards = sorted(path.glob("*.safetensors"))
+        shards = sorted(f for f in path.glob("*.safetensors") if f.name != GOLDEN)
         if not shards:
             if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
                 raise UserError(
@@ -173,7 +176,7 @@ def resolve_folder(model: str | Path) -> Path:
         )
     try:
         return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *SIDE_FILES]))
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{model} is neither a folder nor a model that can be downloaded ({why}); check the name"
@@ -198,7 +201,7 @@ def load_config(path: Path) -> PreTrainedConfig:
     """Transformers' config of a folder; UserError with its complaint if it has one."""
     try:
         return AutoConfig.from_pretrained(path)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}/config.json is not a usable model config ({why})") from None
 

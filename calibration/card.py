@@ -1,0 +1,55 @@
+"""The model card that goes into a checkpoint as README.md."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..spec import FlatQuantSpec
+from .recipe import Recipe
+from .source import ModelSource
+
+
+def model_card(source: ModelSource, spec: FlatQuantSpec, recipe: Recipe, calib: str) -> str:
+    """Markdown with the hub's metadata block."""
+    named = source.raw_config.get("_name_or_path") or source.path.name
+    data = ModelCardData(
+        base_model=named,
+        base_model_relation="quantized",
+        license=base_licence(source.path),
+        library_name="vllm",
+        tags=["flatquant", spec.scheme, "vllm"],
+    )
+    kv = "" if recipe.kv == 16 else f", {recipe.kv}-bit KV cache"
+    return f"""---
+{data.to_yaml()}
+---
+
+# {named}, FlatQuant {spec.scheme.upper()}
+
+Quantized by {spec.producer.name} {spec.producer.version} with FlatQuant (arXiv 2410.09426): {recipe.weight_bits}-bit
+weights, {recipe.activation_bits}-bit activations{kv}. Rounding: {recipe.rounding.upper()}. Calibrated on
+{recipe.samples} x {recipe.seq_len} tokens of `{Path(calib).name}`, {recipe.epochs} epochs, seed {recipe.seed}; `recipe.yaml` has
+every setting and `calibration_log.jsonl` each block's error.
+
+## Serve
+
+```bash
+pip install vllm vllm-flatquant
+vllm serve <this folder or repository>
+```
+
+Without the vllm-flatquant plugin vLLM answers "Unknown quantization method: flatquant". Check a download with
+`flatquant inspect <folder> --verify`. Tensor parallel sizes that divide {spec.shards} are served.
+"""
+
+
+def base_licence(path: Path) -> str | None:
+    """The licence named in the base model's own card, if it has one."""
+    card = path / "README.md"
+    if not card.exists():
+        return None
+    try:
+        return ModelCard.load(card).data.to_dict().get("license")
+    except (ValueError, OSError, json.JSONDecodeError):
+        return None

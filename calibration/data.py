@@ -1,0 +1,175 @@
+"""Tokens for calibration and evaluation, from files, the standard library's source or a dataset."""
+
+import json
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .errors import UserError
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer; UserError if it has none that loads."""
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{path} has no usable tokenizer ({why}); add its tokenizer files or pass token ids as .npy"
+        ) from None
+
+
+def calibration_tokens(calib: str, model: Path, samples: int, seq_len: int, seed: int) -> Tensor:
+    """Calibration rows, int64 [samples, seq_len].
+
+    calib: FILE.npy (token ids [rows, length], taken from the top, or [n]), FILE.txt, FILE.jsonl (a
+    ``text`` field per line), ``stdlib`` (the running Python's own source) or the name of a Hugging Face
+    dataset. Text is cut into windows drawn without overlap by ``seed``.
+    """
+    if calib.endswith(".npy"):
+        ids = read_npy(Path(calib))
+        if ids.ndim == 2:
+            if ids.shape[0] < samples or ids.shape[1] < seq_len:
+                raise UserError(
+                    f"{calib} holds {ids.shape[0]} rows of {ids.shape[1]} tokens, but {samples} rows of "
+                    f"{seq_len} are asked for; lower --samples or --seq-len"
+                )
+            return ids[:samples, :seq_len].contiguous()
+        return draw_windows(ids, samples, seq_len, seed, calib)
+    tokenizer = load_tokenizer(model)
+    # Enough text is enough: stop reading at eight times what is drawn.
+    need, ids_list, have = 8 * samples * seq_len, [], 0
+    for text in iterate_texts(calib):
+        ids_list.append(
+            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+        )
+        have += len(ids_list[-1])
+        if have >= need:
+            break
+    ids = torch.cat(ids_list) if ids_list else torch.zeros(0, dtype=torch.int64)
+    return draw_windows(ids, samples, seq_len, seed, calib)
+
+
+def draw_windows(ids: Tensor, samples: int, seq_len: int, seed: int, name: str) -> Tensor:
+    """``samples`` distinct, aligned windows of ``seq_len`` tokens out of ids [n], drawn by ``seed``."""
+    count = len(ids) // seq_len
+    if count < samples:
+        raise UserError(
+            f"{name} gives {len(ids)} tokens, but {samples} samples of {seq_len} need {samples * seq_len}; "
+            "give more text, or lower --samples or --seq-len"
+        )
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return ids[: count * seq_len].view(count, seq_len)[order].contiguous()
+
+
+def iterate_texts(calib: str) -> Iterator[str]:
+    """The documents of a text source; UserError if it cannot be read."""
+    path = Path(calib)
+    if calib == "stdlib":
+        yield from stdlib_texts()
+    elif path.suffix in (".txt", ".jsonl"):
+        if not path.is_file():
+            raise UserError(f"calibration file {calib} does not exist; check the path")
+        text = read_text(path)
+        yield from [text] if path.suffix == ".txt" else jsonl_texts(path, text)
+    elif path.suffix or path.exists():
+        raise UserError(
+            f"calibration source {calib} is not understood; give a .txt, .jsonl or .npy file, 'stdlib' or a "
+            "Hugging Face dataset name"
+        )
+    else:
+        yield from dataset_texts(calib)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file; UserError if it is something else."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read as UTF-8 text ({error}); convert it or check the path"
+        ) from None
+
+
+def jsonl_texts(path: Path, content: str) -> Iterator[str]:
+    """The ``text`` field of each line."""
+    for number, line in enumerate(content.splitlines(), 1):
+        if line.strip():
+            try:
+                yield str(json.loads(line)["text"])
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path} line {number} is no JSON object with a 'text' field; fix the line"
+                ) from None
+
+
+def stdlib_texts() -> Iterator[str]:
+    """Source files of the running Python's standard library in sorted order, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    skip = {"test", "tests", "idle_test", "site-packages", "lib2to3", "__pycache__"}
+    for file in sorted(root.rglob("*.py")):
+        if not skip & set(file.relative_to(root).parts):
+            try:
+                yield file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def dataset_texts(name: str) -> Iterator[str]:
+    """The ``text`` column of a Hugging Face dataset's train split, streamed. ``name`` or ``name:config``."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(
+            f"calibration source '{name}' is no file; to use a Hugging Face dataset install "
+            "`pip install vllm-flatquant[datasets]`"
+        ) from None
+    repo, _, config = name.partition(":")
+    try:
+        for row in load_dataset(repo, config or None, split="train", streaming=True):
+            yield row["text"]
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"dataset '{name}' cannot be read ({why}); check the name and the network"
+        ) from None
+
+
+def read_npy(path: Path) -> Tensor:
+    """Token ids of a .npy file as int64, [n] or [rows, length]; UserError if it is something else."""
+    if not path.is_file():
+        raise UserError(f"token file {path} does not exist; check the path")
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path} is no .npy file of numbers ({error}); save it with numpy.save"
+        ) from None
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+        raise UserError(
+            f"{path} holds {array.dtype} of shape {array.shape}; token ids are integers of shape [n] or [rows, n]"
+        )
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def evaluation_tokens(model: Path, text: str | None, tokens: str | None, dataset: str | None) -> Tensor:
+    """Token ids int64 [n] to evaluate on, from exactly one of the three sources."""
+    given = [s for s in (text, tokens, dataset) if s]
+    if len(given) != 1:
+        raise UserError("give exactly one of --text, --tokens and --dataset")
+    if tokens:
+        return read_npy(Path(tokens)).flatten()
+    tokenizer = load_tokenizer(model)
+    if text:
+        path = Path(text)
+        if not path.is_file():
+            raise UserError(f"text file {text} does not exist; check the path")
+        body = read_text(path)
+    else:
+        body = "\n\n".join(dataset_texts(str(dataset)))
+    return torch.tensor(tokenizer(body)["input_ids"], dtype=torch.int64)

@@ -1,0 +1,110 @@
+"""Write a checkpoint folder: everything goes to a sibling folder that takes its place only when complete."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+from typing_extensions import Self
+
+from ..spec import FlatQuantSpec
+from .errors import UserError
+from .source import SIDE_FILES
+
+SHARD_BYTES = 5 * 1000**3
+"""Largest shard, the hub's default."""
+NOT_COPIED = ("config.json", "model.safetensors.index.json")
+
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """UserError unless ``out`` is free, empty, or may be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder to --out")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
+
+
+class CheckpointWriter:
+    """Collects tensors into shards below ``<out>.partial``; ``finish`` moves them to ``out``.
+
+    Use as a context manager: leaving it without ``finish`` removes what was written.
+    """
+
+    def __init__(self, out: Path, overwrite: bool, shard_bytes: int = SHARD_BYTES):
+        check_out(out, overwrite)
+        self.out, self.shard_bytes = out, shard_bytes
+        self.folder = out.with_name(out.name + ".partial")
+        self._pending: dict[str, Tensor] = {}
+        self._bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def __enter__(self) -> Self:
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+        try:
+            self.folder.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be made ({error.strerror}); choose another --out"
+            ) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.folder.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def add(self, tensors: dict[str, Tensor]) -> None:
+        """Add tensors under their final names."""
+        for name, tensor in tensors.items():
+            size = tensor.numel() * tensor.element_size()
+            if self._pending and self._bytes + size > self.shard_bytes:
+                self._flush()
+            self._pending[name] = tensor.detach().cpu().contiguous().clone()
+            self._bytes += size
+
+    def _flush(self) -> None:
+        if self._pending:
+            save_file(
+                self._pending, self.folder / f"shard-{len(self._shards)}", metadata={"format": "pt"}
+            )
+            self._shards.append(list(self._pending))
+            self._total += self._bytes
+            self._pending, self._bytes = {}, 0
+
+    def write_text(self, name: str, text: str) -> None:
+        """A text file of the checkpoint."""
+        (self.folder / name).write_text(text, encoding="utf-8")
+
+    def write_side_files(self, source: Path, config: dict[str, Any], spec: FlatQuantSpec) -> None:
+        """config.json with the spec, and the source's tokenizer, generation and licence files."""
+        for pattern in SIDE_FILES:
+            for file in source.glob(pattern):
+                if file.name not in NOT_COPIED:
+                    shutil.copyfile(file, self.folder / file.name)
+        config = {**config, "quantization_config": spec.model_dump()}
+        self.write_text("config.json", json.dumps(config, indent=2) + "\n")
+
+    def finish(self) -> Path:
+        """Name the shards, write the index if there are several, and put the folder in place."""
+        self._flush()
+        count = len(self._shards)
+        where = {}
+        for i, names in enumerate(self._shards):
+            final = (
+                "model.safetensors" if count == 1 else f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+            )
+            (self.folder / f"shard-{i}").rename(self.folder / final)
+            where.update({name: final for name in names})
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+            self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        old = self.out.with_name(self.out.name + ".old")
+        if self.out.exists():
+            self.out.rename(old)
+        self.folder.rename(self.out)
+        if old.exists():
+            shutil.rmtree(old)
+        return self.out

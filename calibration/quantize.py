@@ -1,0 +1,326 @@
+"""The pipeline: blocks one by one, train, fold, round, export."""
+
+import json
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from ..kernels.pack import pack_int4
+from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
+from .architectures import Architecture
+from .block import TrainableBlock, check_shards, set_submodule
+from .card import model_card
+from .data import calibration_tokens
+from .errors import UserError
+from .export import CheckpointWriter, check_out
+from .factors import factor_pair
+from .fold import FoldedBlock, fold_block
+from .recipe import Recipe
+from .reference import ReferenceLinear, ReferenceSite, install_block
+from .rounding import gptq, rtn
+from .source import GOLDEN, ModelSource
+from .streams import batches, record_inputs, run_block
+from .train import collect_stats, train_block
+
+GOLDEN_TOKENS = 64
+GOLDEN_TOP = 8
+ERROR_ROWS = 16
+"""Rows on which a block's error is measured before and after."""
+
+
+@dataclass
+class BlockReport:
+    """One line of calibration_log.jsonl. Errors are mean squared, against the full-precision block."""
+
+    block: int
+    blocks: int
+    error_before: float
+    error_after: float
+    loss_first_epoch: float
+    loss_last_epoch: float
+    skipped_steps: int
+    gptq_damping: float | None
+    seconds: float
+    peak_memory_gb: float
+
+
+def choose_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is one; UserError if CUDA is asked for and absent."""
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
+    """The checkpoint's spec; UserError if model and recipe do not fit together."""
+    from .. import __version__
+
+    config, arch = source.config, source.arch
+    shapes = {n: source.files.shape(f"{source.block_prefix(0)}{n}.weight") for n in arch.linears}
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, hidden = shapes[arch.o][1] // head_dim, shapes[arch.qkv[0]][1]
+    intermediate = shapes[arch.down][1]
+    check_shards(recipe.shards, heads, intermediate)
+    for name, (_, width) in shapes.items():
+        if recipe.group_size and width % recipe.group_size:
+            raise UserError(
+                f"group_size={recipe.group_size} does not divide the input width {width} of {name}; choose a "
+                "divisor, or leave the group size out"
+            )
+        if width % 2:
+            raise UserError(f"{name} has an odd input width of {width}, which 4-bit packing cannot hold")
+    hidden_pair = factor_pair(hidden, "hidden_size")
+    down_pair = factor_pair(intermediate // recipe.shards, "intermediate_size / shards")
+    hidden_factors = Factors(left=hidden_pair[0], right=hidden_pair[1])
+    return FlatQuantSpec(
+        producer=Producer(name="vllm-flatquant", version=__version__),
+        weights=Weights(bits=4, group_size=recipe.group_size),
+        activations=Activations(bits=recipe.activation_bits),  # type: ignore[arg-type]
+        kv=KVCache(k_bits=recipe.k_bits, v_bits=recipe.v_bits, symmetric=recipe.kv != 4),  # type: ignore[arg-type]
+        shards=recipe.shards,
+        sites=Sites(
+            qkv=hidden_factors,
+            o=heads // recipe.shards,
+            gate_up=hidden_factors,
+            down=Factors(left=down_pair[0], right=down_pair[1]),
+            k=head_dim if recipe.k_bits < 16 else None,
+        ),
+    )
+
+
+def quantize(
+    model: str | Path,
+    out: str | Path,
+    recipe: Recipe,
+    calib: str = "stdlib",
+    device: str = "auto",
+    overwrite: bool = False,
+    on_block: Callable[[BlockReport], None] | None = None,
+    on_progress: Callable[[float], None] | None = None,
+) -> Path:
+    """Quantize a Hugging Face model into a checkpoint folder that vLLM serves.
+
+    model: folder or hub name. out: folder to make. calib: see ``calibration_tokens``. on_block is called
+    after each block, on_progress with the finished fraction of the whole.
+    Returns ``out``. Raises UserError for bad input, and leaves nothing half-written.
+    """
+    out = Path(out)
+    where = choose_device(device)
+    check_out(out, overwrite)
+    source = ModelSource(model)
+    spec = make_spec(source, recipe)
+    tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    reports: list[BlockReport] = []
+    try:
+        with CheckpointWriter(out, overwrite) as writer:
+            x, kwargs = record_inputs(source, tokens, where)
+            x = x.to(stream_device(x, where))
+            x_q = x.clone() if recipe.rounding == "gptq" else x[:1].clone()
+            for i in range(source.num_blocks):
+                start = time.monotonic()
+                x, x_q, tensors, report = quantize_block(
+                    source, i, recipe, spec, x, x_q, kwargs[i], where
+                )
+                report.seconds = time.monotonic() - start
+                writer.add({source.block_prefix(i) + n: t for n, t in tensors.items()})
+                reports.append(report)
+                if on_block:
+                    on_block(report)
+                if on_progress:
+                    on_progress((i + 1) / source.num_blocks)
+            writer.add({n: source.files.tensor(n) for n in source.other_names()})
+            writer.write_side_files(source.path, source.raw_config, spec)
+            writer.write_text("recipe.yaml", recipe.to_yaml() + f"calib: {Path(calib).name}\n")
+            log = "".join(json.dumps(asdict(r)) + "\n" for r in reports)
+            writer.write_text("calibration_log.jsonl", log)
+            (writer.folder / GOLDEN).write_bytes(save(golden(source, tokens[0], x_q[0], where)))
+            writer.write_text("README.md", model_card(source, spec, recipe, calib))
+            return writer.finish()
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"
+        ) from error
+
+
+def stream_device(x: Tensor, device: torch.device) -> torch.device:
+    """Where activations live: the GPU if four streams take less than a quarter of it, else the CPU."""
+    if device.type != "cuda":
+        return device
+    total = torch.cuda.get_device_properties(device).total_memory
+    return device if 4 * x.numel() * x.element_size() < total / 4 else torch.device("cpu")
+
+
+def quantize_block(
+    source: ModelSource,
+    index: int,
+    recipe: Recipe,
+    spec: FlatQuantSpec,
+    x: Tensor,
+    x_q: Tensor,
+    kwargs: dict[str, Any],
+    device: torch.device,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], BlockReport]:
+    """Quantize one block.
+
+    x: full-precision stream [N, T, hidden]. x_q: stream of the quantized prefix, [N or 1, T, hidden].
+    Returns both streams after the block, the block's checkpoint tensors by relative name, and the report.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    size = recipe.batch_size
+    stored = source.block_tensors(index)
+    layer = source.load_block(index, device)
+    target, stats = collect_stats(layer, source.arch, x, kwargs, size, device)
+    if not torch.isfinite(target).all():
+        raise UserError(
+            f"block {index} gives NaN or inf on the calibration text; the model is damaged or its dtype "
+            "overflows"
+        )
+    block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
+    few = slice(0, min(ERROR_ROWS, len(x)))
+    before = block_error(layer, x[few], target[few], kwargs, size, device)
+    block.forget()
+    trained = train_block(block, layer, x, target, kwargs, recipe, device)
+    folded = fold_block(block, stored)
+    finished = source.load_block(index, device)
+    tensors, damping = round_block(finished, folded, recipe, spec, source, x_q, kwargs, device)
+    after = block_error(finished, x[few], target[few], kwargs, size, device)
+    x_q = run_block(finished, x_q, kwargs, size, device)
+    report = BlockReport(
+        block=index,
+        blocks=source.num_blocks,
+        error_before=before,
+        error_after=after,
+        loss_first_epoch=trained.loss_first,
+        loss_last_epoch=trained.loss_last,
+        skipped_steps=trained.skipped,
+        gptq_damping=damping,
+        seconds=0.0,
+        peak_memory_gb=peak_memory(device),
+    )
+    return target, x_q, tensors, report
+
+
+def block_error(
+    layer: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    kwargs: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden]."""
+    return F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target).item()
+
+
+def round_block(
+    layer: nn.Module,
+    folded: FoldedBlock,
+    recipe: Recipe,
+    spec: FlatQuantSpec,
+    source: ModelSource,
+    x_q: Tensor,
+    kwargs: dict[str, Any],
+    device: torch.device,
+) -> tuple[dict[str, Tensor], float | None]:
+    """Round a folded block and install it into ``layer``; returns its checkpoint tensors and the damping.
+
+    GPTQ goes through the groups in the order in which the block runs them, so that each sees the rounded
+    ones before it.
+    """
+    arch: Architecture = source.arch
+    sites = install_block(layer, folded.tensors, spec, arch, weights=folded.weights)
+    tensors, highest = dict(folded.tensors), None
+    scale_dtype = None
+    if recipe.activation_bits == 16:
+        scale_dtype = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    for group, name in zip(arch.groups, sites, strict=True):
+        hessian = None
+        if recipe.rounding == "gptq":
+            hessian = accumulate_hessian(layer, sites[name], x_q, kwargs, recipe.batch_size, device)
+        for linear in group:
+            weight = folded.weights[linear]
+            if hessian is None:
+                codes, scale = rtn(weight, recipe.weight_bits, recipe.group_size, scale_dtype)
+            else:
+                codes, scale, damping = gptq(
+                    weight,
+                    hessian,
+                    recipe.weight_bits,
+                    recipe.group_size,
+                    scale_dtype,
+                    recipe.gptq_damping,
+                    recipe.gptq_block,
+                )
+                highest = max(damping, highest or 0.0)
+            tensors[f"{linear}.weight_packed"] = pack_int4(codes)
+            tensors[f"{linear}.weight_scale"] = scale
+            bias = folded.tensors.get(f"{linear}.bias")
+            set_submodule(layer, linear, ReferenceLinear(sites[name], bias, codes, scale))
+    return tensors, highest
+
+
+@torch.no_grad()
+def accumulate_hessian(
+    layer: nn.Module,
+    site: ReferenceSite,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """Sum of z^T z over the site's quantized inputs, float64 [K, K]."""
+    total: list[Tensor] = []
+
+    def observe(z: Tensor) -> None:
+        product = (z.float().T @ z.float()).double()
+        total[:] = [total[0] + product] if total else [product]
+
+    site.observe = observe
+    try:
+        for batch in batches(x, batch_size, device):
+            layer(batch, **kwargs)
+    finally:
+        site.observe = None
+    return total[0]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory in GB (10^9 bytes): of the GPU since the block began, or of this process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+@torch.no_grad()
+def golden(
+    source: ModelSource, tokens: Tensor, hidden: Tensor, device: torch.device
+) -> dict[str, Tensor]:
+    """A prompt and the finished model's top logits in float32, for ``flatquant inspect --verify``.
+
+    tokens: int64 [T]. hidden: output of the last finished block [T, hidden].
+    Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
+    """
+    model, files = source.model, source.files
+    n = min(GOLDEN_TOKENS, len(tokens))
+    base = source.arch.blocks.rpartition(".")[0]
+    norm = type(model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps).to(device)
+    norm.weight.copy_(files.tensor(f"{base}.norm.weight"))
+    head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
+    logits = norm(hidden[:n].to(device)) @ files.tensor(head).to(device, torch.float32).T
+    top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
+    return {
+        "input_ids": tokens[:n].clone(),
+        "top_ids": top.indices.cpu(),
+        "top_logits": top.values.cpu(),
+    }
