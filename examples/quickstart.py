@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from openai import OpenAI
@@ -74,6 +75,9 @@ def stop(server: subprocess.Popen) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             server.wait(timeout=30)
     with contextlib.suppress(ProcessLookupError):
+        for _ in range(50):
+            os.killpg(server.pid, 0)
+            time.sleep(0.1)
         os.killpg(server.pid, signal.SIGKILL)
     server.wait()
 
@@ -99,6 +103,9 @@ def serve(checkpoint: Path, log: Path, timeout: float) -> Iterator[str]:
         *("--served-model-name", "tiny-llama", "--host", "127.0.0.1", "--port", str(port)),
         *("--max-model-len", "1024", "--max-num-seqs", "8"),
     ]
+    # On a CPU compilation takes a minute and a C++ compiler, which so small a model does not repay.
+    if "cpu" in version("vllm"):
+        command.append("--enforce-eager")
     print("$", "vllm", *command[1:], f"  (log: {log})", flush=True)
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
     log.parent.mkdir(parents=True, exist_ok=True)
