@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import multiprocessing as mp
+import os
 import platform
 import subprocess
 import tempfile
@@ -63,15 +64,15 @@ CONFIGS: dict[str, dict] = {
 def machine(device: torch.device) -> dict[str, str]:
     """Columns that say where a row was measured."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout
+    git = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
+    )
     return {
         "device": name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "version": __version__,
-        "commit": commit.strip(),
+        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
     }
 
 
