@@ -102,6 +102,7 @@ class TrainableBlock(nn.Module):
     def __init__(self, layer: nn.Module, arch: Architecture, recipe: Recipe, stats: Stats, seed: int):
         super().__init__()
         self.arch, self.recipe = arch, recipe
+        device = next(layer.parameters()).device
         generator = torch.Generator().manual_seed(seed)
         linears = {name: layer.get_submodule(name) for name in arch.linears}
         attention = layer.get_submodule(arch.attention)
@@ -146,7 +147,7 @@ class TrainableBlock(nn.Module):
             linear.value, linear.is_value_output = [self.value], is_output
         attention.flatquant_qkv = self.kv.forward
         self.layer = [layer]
-        self.to(next(layer.parameters()).device)
+        self.to(device)
 
     def linear(self, name: str) -> TrainableLinear:
         """The trainable linear of that name."""
