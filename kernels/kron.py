@@ -6,10 +6,166 @@ transform is block-diagonal: block s of the input, ``a*b`` wide, has factors ``L
 
 Rounding points (docs/format.md): the factors are bf16 values; ``Y = X R`` is rounded to x's dtype if
 that has 16 bits; products accumulate in float32. A float32 or float64 input is not rounded on the way.
+
+One program owns one shard and walks over tokens, so the factors stay on chip; a token is one [a, b] tile,
+and ``L^T`` comes first in the second product, so that nothing is ever transposed and codes keep their order.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .jit import INTERPRET, hopper, register, tl, triton
+
+
+@triton.jit
+def load_factors(l_ptr, r_ptr, shard, a, b, A: tl.constexpr, B: tl.constexpr, L: tl.constexpr,
+                 R: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """``L[shard]^T`` [A, A] and ``R[shard]`` [B, B] in DTYPE, zero outside a and b; zero where absent."""
+    left_t = tl.zeros((1, 1), DTYPE)
+    right = tl.zeros((1, 1), DTYPE)
+    if L:
+        i, j = tl.arange(0, A)[:, None], tl.arange(0, A)[None, :]
+        left_t = tl.load(l_ptr + shard * a * a + j * a + i, mask=(i < a) & (j < a), other=0.0).to(DTYPE)
+    if R:
+        i, j = tl.arange(0, B)[:, None], tl.arange(0, B)[None, :]
+        right = tl.load(r_ptr + shard * b * b + i * b + j, mask=(i < b) & (j < b), other=0.0).to(DTYPE)
+    return left_t, right
+
+
+@triton.jit
+def transform(x, left_t, right, L: tl.constexpr, R: tl.constexpr, WIDE: tl.constexpr):
+    """``L^T (X R)`` of one [A, B] tile, float32; ``X R`` is rounded to x's dtype on the way.
+
+    WIDE multiplies in float32: for float32 inputs, and for the interpreter, whose 16-bit products are wrong.
+    """
+    y = x
+    if R:
+        if WIDE:
+            y = tl.dot(x.to(tl.float32), right.to(tl.float32), input_precision="ieee").to(x.dtype)
+        else:
+            y = tl.dot(x, right).to(x.dtype)
+    if L:
+        if WIDE:
+            return tl.dot(left_t.to(tl.float32), y.to(tl.float32), input_precision="ieee")
+        else:
+            return tl.dot(left_t, y)
+    return y.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["t"])
+def _kron_kernel(
+    x_ptr,  # [T, K], rows stride_x apart
+    l_ptr,  # [S, a, a]
+    r_ptr,  # [S, b, b]
+    z_ptr,  # [T, K]
+    t,
+    stride_x,
+    a,
+    b,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    shard, shards = tl.program_id(1), tl.num_programs(1)
+    left_t, right = load_factors(l_ptr, r_ptr, shard, a, b, A, B, L, R, x_ptr.dtype.element_ty)
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
+    inside = (i < a) & (j < b)
+    at = shard * a * b + i * b + j
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        x = tl.load(x_ptr + token * tl.cast(stride_x, tl.int64) + at, mask=inside, other=0.0)
+        z = transform(x, left_t, right, L, R, WIDE)
+        tl.store(z_ptr + token * tl.cast(shards * a * b, tl.int64) + at, z.to(x.dtype), mask=inside)
+
+
+class Plan(NamedTuple):
+    """Sizes of one launch: the tile, its padding, the grid and the compiler's options."""
+
+    a: int
+    b: int
+    meta: dict[str, object]
+    grid: tuple[int, int]
+
+
+def plan(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int) -> Plan:
+    """How to launch a transform of width ``k`` with these factors over the rows of ``x``.
+
+    Raises ValueError if the factors do not fit ``k`` (as ``factor_sizes``).
+    """
+    if left is None and right is None:
+        b = (k // shards) & -(k // shards)  # the largest power of two in the width of a shard
+        b = min(b, 256)
+        a = k // shards // b
+    else:
+        found, a, b = factor_sizes(k, left, right)
+        if found != shards:
+            raise ValueError(f"flatquant: {shards} clips do not fit transform factors of {found} shards")
+    least = 16 if left is not None or right is not None else 1
+    size_a, size_b = (max(least, triton.next_power_of_2(n)) for n in (a, b))
+    area = size_a * size_b
+    warps = 16 if area > 32768 else 8 if area > 8192 else 4 if area > 1024 else 2
+    programs = x.shape[0]
+    if x.device.type == "cuda":
+        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+        programs = min(programs, -(-sms * max(1, min(4, 32768 // area)) // shards))
+    on_hopper = hopper(x.device)
+    meta: dict[str, object] = dict(
+        A=size_a, B=size_b, L=left is not None, R=right is not None,
+        WIDE=INTERPRET or x.dtype == torch.float32, PDL=on_hopper, num_warps=warps, num_stages=2,
+    )  # fmt: skip
+    if on_hopper:
+        meta["launch_pdl"] = True
+    return Plan(a, b, meta, (programs, shards))
+
+
+def rows(x: Tensor) -> Tensor:
+    """``x`` [T, K] with contiguous columns (rows may be apart)."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The kernel's launch. Shapes as ``kron``; at least one factor."""
+    x = rows(x)
+    t, k = x.shape
+    some = left if left is not None else right
+    assert some is not None
+    p = plan(x, k, left, right, some.shape[0])
+    out = torch.empty(t, k, dtype=x.dtype, device=x.device)
+    if t:
+        _kron_kernel[p.grid](
+            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), out,
+            t, x.stride(0), p.a, p.b, **p.meta,
+        )  # fmt: skip
+    return out
+
+
+def _kron_cpu(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return kron_ref(x, left, right).clone()
+
+
+def _kron_fake(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+register("kron", kron_triton, _kron_cpu, _kron_fake)
+
+
+def kron(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """The transform alone, as W4A16 uses it: the Triton kernel on CUDA, the reference on the CPU.
+
+    x: [T, K] bf16, fp16 or float32. left: [S, a, a] or None. right: [S, b, b] or None. Factors are best
+    in x's dtype. Returns [T, K] in x's dtype. Raises ValueError if the factors do not fit x.
+    """
+    if left is None and right is None:
+        return x
+    return torch.ops.flatquant.kron(x, left, right)
 
 
 def kron_wide_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:

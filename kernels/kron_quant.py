@@ -5,10 +5,104 @@
 One scale per token and shard block, so that codes and scales are the same at every tensor-parallel size.
 """
 
+import torch
 from torch import Tensor
 
-from .kron import kron_wide_ref
-from .quantize import quantize_ref
+from .jit import register, tl, triton
+from .kron import kron_wide_ref, load_factors, plan, rows, transform
+from .quantize import qmax, quantize_ref
+
+
+@triton.jit
+def quantize(z, clip, QMAX: tl.constexpr):
+    """Codes (int8) and scale of one tile ``z``, float32. Ties round to even, as in the reference."""
+    amax = tl.max(tl.max(tl.abs(z), axis=1), axis=0) * clip
+    scale = tl.where(amax > 0, amax / QMAX, 1.0)
+    rounded = (z * (1.0 / scale) + 12582912.0) - 12582912.0  # 1.5 * 2**23: the sum has no fraction bits
+    return tl.clamp(rounded, -QMAX - 1.0, QMAX * 1.0).to(tl.int8), scale
+
+
+@triton.jit(do_not_specialize=["t"])
+def _kron_quant_kernel(
+    x_ptr,  # [T, K], rows stride_x apart
+    l_ptr,  # [S, a, a]
+    r_ptr,  # [S, b, b]
+    clip_ptr,  # float32 [S]
+    codes_ptr,  # int8 [T, K]
+    scale_ptr,  # float32 [T, S]
+    t,
+    stride_x,
+    a,
+    b,
+    QMAX: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    shard, shards = tl.program_id(1), tl.num_programs(1)
+    left_t, right = load_factors(l_ptr, r_ptr, shard, a, b, A, B, L, R, x_ptr.dtype.element_ty)
+    clip = tl.load(clip_ptr + shard)
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
+    inside = (i < a) & (j < b)
+    at = shard * a * b + i * b + j
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        x = tl.load(x_ptr + token * tl.cast(stride_x, tl.int64) + at, mask=inside, other=0.0)
+        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX)
+        tl.store(codes_ptr + token * tl.cast(shards * a * b, tl.int64) + at, codes, mask=inside)
+        tl.store(scale_ptr + token * shards + shard, scale)
+
+
+def kron_quant_triton(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The kernel's launch. Shapes as ``kron_quant``."""
+    x = rows(x)
+    t, k = x.shape
+    shards = clip.shape[0]
+    p = plan(x, k, left, right, shards)
+    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
+    if t:
+        _kron_quant_kernel[p.grid](
+            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
+            clip, codes, scale, t, x.stride(0), p.a, p.b, QMAX=qmax(bits), **p.meta,
+        )  # fmt: skip
+    return codes, scale
+
+
+def _kron_quant_cpu(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    return kron_quant_ref(x, left, right, clip, bits)
+
+
+def _kron_quant_fake(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    codes = x.new_empty(x.shape, dtype=torch.int8)
+    return codes, x.new_empty((x.shape[0], clip.shape[0]), dtype=torch.float32)
+
+
+register("kron_quant", kron_quant_triton, _kron_quant_cpu, _kron_quant_fake)
+
+
+def kron_quant(
+    x: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """Transform and quantize ``x``: the Triton kernel on CUDA, the reference on the CPU.
+
+    x: [T, K] bf16, fp16 or float32. left: [S, a, a] or None. right: [S, b, b] or None (head form); both
+    None: plain quantization. clip: float32 [S]. bits: 4 or 8. Factors are best in x's dtype.
+    Returns codes int8 [T, K] (4-bit values stay one per byte) and scale float32 [T, S].
+    Raises ValueError if the factors do not fit x.
+    """
+    return torch.ops.flatquant.kron_quant(x, left, right, clip, bits)
 
 
 def kron_quant_ref(

@@ -1,5 +1,7 @@
 """RMSNorm (with residual add), Kronecker transform and quantization in one step.
 
+    Z = L^T (x * weight) R,   scale[t] = clip * max|Z[t]| / qmax * rsqrt(mean(x[t]^2) + eps)
+
 The norm's ``1/rms`` is one positive scalar per token: it cancels in the codes and multiplies the scale,
 so the transform runs on ``x * weight`` without waiting for the sum of squares.
 """
@@ -7,7 +9,143 @@ so the transform runs on ``x * weight`` without waiting for the sum of squares.
 import torch
 from torch import Tensor
 
-from .kron_quant import kron_quant_ref
+from .jit import register, tl, triton
+from .kron import load_factors, plan, rows, transform
+from .kron_quant import kron_quant_ref, quantize
+from .quantize import qmax
+
+
+@triton.jit(do_not_specialize=["t"])
+def _rmsnorm_kron_quant_kernel(
+    x_ptr,  # [T, K], rows stride_x apart
+    residual_ptr,  # [T, K], rows stride_r apart; any pointer where RESIDUAL is false
+    weight_ptr,  # [K]
+    l_ptr,  # [1, a, a]
+    r_ptr,  # [1, b, b]
+    clip_ptr,  # float32 [1]
+    codes_ptr,  # int8 [T, K]
+    scale_ptr,  # float32 [T]
+    total_ptr,  # [T, K]: x + residual
+    t,
+    stride_x,
+    stride_r,
+    a,
+    b,
+    eps,
+    RESIDUAL: tl.constexpr,
+    QMAX: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    left_t, right = load_factors(l_ptr, r_ptr, 0, a, b, A, B, L, R, x_ptr.dtype.element_ty)
+    clip = tl.load(clip_ptr)
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
+    inside = (i < a) & (j < b)
+    at = i * b + j
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        total = tl.load(x_ptr + token * tl.cast(stride_x, tl.int64) + at, mask=inside, other=0.0)
+        dtype: tl.constexpr = total.dtype
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + token * tl.cast(stride_r, tl.int64) + at, mask=inside, other=0.0)
+            total = (total.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+            tl.store(total_ptr + token * tl.cast(a * b, tl.int64) + at, total, mask=inside)
+        wide = total.to(tl.float32)
+        square = tl.sum(tl.sum(wide * wide, axis=1), axis=0)
+        x = (wide * weight.to(tl.float32)).to(dtype)
+        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX)
+        tl.store(codes_ptr + token * tl.cast(a * b, tl.int64) + at, codes, mask=inside)
+        tl.store(scale_ptr + token, scale * tl.rsqrt(square / (a * b) + eps))
+
+
+def rmsnorm_kron_quant_triton(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's launch. Shapes as the op: without a residual the third result is empty."""
+    x = rows(x)
+    t, k = x.shape
+    p = plan(x, k, left, right, 1)
+    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(t, 1, dtype=torch.float32, device=x.device)
+    total = torch.empty((0,) if residual is None else (t, k), dtype=x.dtype, device=x.device)
+    added = x if residual is None else rows(residual)
+    if t:
+        _rmsnorm_kron_quant_kernel[p.grid](
+            x, added, norm_weight, x if left is None else left.contiguous(),
+            x if right is None else right.contiguous(), clip, codes, scale, total,
+            t, x.stride(0), added.stride(0), p.a, p.b, eps, RESIDUAL=residual is not None, QMAX=qmax(bits),
+            **p.meta,
+        )  # fmt: skip
+    return codes, scale, total
+
+
+def _rmsnorm_kron_quant_cpu(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    results = rmsnorm_kron_quant_ref(x, residual, norm_weight, eps, left, right, clip, bits)
+    return results if residual is not None else (*results[:2], x.new_empty(0))
+
+
+def _rmsnorm_kron_quant_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    return codes, scale, x.new_empty((0,) if residual is None else x.shape)
+
+
+register(
+    "rmsnorm_kron_quant", rmsnorm_kron_quant_triton, _rmsnorm_kron_quant_cpu, _rmsnorm_kron_quant_fake
+)
+
+
+def rmsnorm_kron_quant(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    left: Tensor | None,
+    right: Tensor | None,
+    clip: Tensor,
+    bits: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalize, transform and quantize: the Triton kernel on CUDA, the reference on the CPU.
+
+    x, residual: [T, K] bf16, fp16 or float32. norm_weight: [K]. Factors, clip and bits as ``kron_quant``
+    with S = 1. Returns codes int8 [T, K], scale float32 [T, 1] and the new residual ``x + residual`` (``x``
+    itself where residual is None; the op underneath then returns an empty tensor, since it may not alias).
+    """
+    codes, scale, total = torch.ops.flatquant.rmsnorm_kron_quant(
+        x, residual, norm_weight, eps, left, right, clip, bits
+    )
+    return codes, scale, x if residual is None else total
 
 
 def rmsnorm_kron_quant_ref(

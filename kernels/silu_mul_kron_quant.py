@@ -1,9 +1,100 @@
-"""SiLU(gate) * up, Kronecker transform and quantization in one step, from the packed gate_up output."""
+"""SiLU(gate) * up, Kronecker transform and quantization in one step, from the packed gate_up output.
 
+    Z = L^T (silu(gate) * up) R,   scale[t, s] = clip[s] * max|Z[t, block s]| / qmax
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kron_quant import kron_quant_ref
+from .jit import register, tl, triton
+from .kron import load_factors, plan, rows, transform
+from .kron_quant import kron_quant_ref, quantize
+from .quantize import qmax
+
+
+@triton.jit(do_not_specialize=["t"])
+def _silu_mul_kron_quant_kernel(
+    x_ptr,  # [T, 2*K]: gate, then up; rows stride_x apart
+    l_ptr,  # [S, a, a]
+    r_ptr,  # [S, b, b]
+    clip_ptr,  # float32 [S]
+    codes_ptr,  # int8 [T, K]
+    scale_ptr,  # float32 [T, S]
+    t,
+    stride_x,
+    a,
+    b,
+    QMAX: tl.constexpr,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    L: tl.constexpr,
+    R: tl.constexpr,
+    WIDE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    shard, shards = tl.program_id(1), tl.num_programs(1)
+    left_t, right = load_factors(l_ptr, r_ptr, shard, a, b, A, B, L, R, x_ptr.dtype.element_ty)
+    clip = tl.load(clip_ptr + shard)
+    i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
+    inside = (i < a) & (j < b)
+    at = shard * a * b + i * b + j
+    k = shards * a * b
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        row = x_ptr + token * tl.cast(stride_x, tl.int64)
+        gate = tl.load(row + at, mask=inside, other=0.0)
+        up = tl.load(row + k + at, mask=inside, other=0.0)
+        wide = gate.to(tl.float32)
+        x = (wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)).to(gate.dtype)
+        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX)
+        tl.store(codes_ptr + token * tl.cast(k, tl.int64) + at, codes, mask=inside)
+        tl.store(scale_ptr + token * shards + shard, scale)
+
+
+def silu_mul_kron_quant_triton(
+    gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """The kernel's launch. Shapes as ``silu_mul_kron_quant``."""
+    x = rows(gate_up)
+    t, k, shards = x.shape[0], x.shape[1] // 2, clip.shape[0]
+    p = plan(x, k, left, right, shards)
+    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
+    if t:
+        _silu_mul_kron_quant_kernel[p.grid](
+            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
+            clip, codes, scale, t, x.stride(0), p.a, p.b, QMAX=qmax(bits), **p.meta,
+        )  # fmt: skip
+    return codes, scale
+
+
+def _silu_mul_kron_quant_cpu(
+    gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    return silu_mul_kron_quant_ref(gate_up, left, right, clip, bits)
+
+
+def _silu_mul_kron_quant_fake(
+    gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    t, k = gate_up.shape[0], gate_up.shape[1] // 2
+    codes = gate_up.new_empty((t, k), dtype=torch.int8)
+    return codes, gate_up.new_empty((t, clip.shape[0]), dtype=torch.float32)
+
+
+register(
+    "silu_mul_kron_quant", silu_mul_kron_quant_triton, _silu_mul_kron_quant_cpu, _silu_mul_kron_quant_fake
+)
+
+
+def silu_mul_kron_quant(
+    gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
+    """gate_up: [T, 2*K]. Factors, clip, bits, results and errors as ``kron_quant`` for width K."""
+    return torch.ops.flatquant.silu_mul_kron_quant(gate_up, left, right, clip, bits)
 
 
 def silu_mul_ref(gate_up: Tensor) -> Tensor:
