@@ -8,8 +8,9 @@ def register() -> None:
 
     vLLM calls this in every process (server, engine, workers), also for models that do not use FlatQuant.
     """
-    from ._compat import check_engine_arguments, register_quantization
+    from ._compat import check_engine_arguments, name_missing_tensors, register_quantization
     from .config import FlatQuantConfig
 
     register_quantization(FlatQuantConfig)
     check_engine_arguments(FlatQuantConfig)
+    name_missing_tensors()

@@ -169,6 +169,32 @@ def _our_error(error: ValueError) -> ValueError | None:
     return None
 
 
+def name_missing_tensors() -> None:
+    """Have our layers name the tensors that they miss before vLLM lists the parameters. Idempotent.
+
+    Without this a missing tensor is an error as well, in terms of vLLM's parameters.
+    """
+    try:
+        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+        original = DefaultModelLoader.track_weights_loading
+    except (ImportError, AttributeError):
+        return
+    if getattr(original, "_flatquant", False):
+        return
+
+    @functools.wraps(original)
+    def track_weights_loading(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for module in model.modules():
+            check = getattr(getattr(module, "quant_method", None), "check_loaded", None)
+            if check is not None:
+                check(module)
+        return original(self, model, *args, **kwargs)
+
+    cast(Any, track_weights_loading)._flatquant = True
+    cast(Any, DefaultModelLoader).track_weights_loading = track_weights_loading
+
+
 def _track_other_weights(load_config: Any) -> None:
     """Ask vLLM to notice missing norm weights; by default it does so for unquantized models only."""
     extra = load_config.model_loader_extra_config

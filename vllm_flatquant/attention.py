@@ -58,9 +58,10 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
         """Register ``k_transform_*`` and ``v_transform_clip``. Raises UnsupportedError."""
         super().create_weights(layer)
         prefix = str(layer.layer_name)
-        if type(layer) is not Attention:
+        kind = type(layer)
+        if kind is not Attention:
             raise UnsupportedError(
-                f"{prefix} is a {type(layer).__name__}, for which FlatQuant has no quantized KV cache; "
+                f"{prefix} is a {kind.__name__}, for which FlatQuant has no quantized KV cache; "
                 "quantize the model again with --kv 16"
             )
         self._expected = ExpectedTensors(prefix)
@@ -91,11 +92,15 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
         layer.flatquant_bits = (kv.k_bits, kv.v_bits)
         layer.__class__ = FlatQuantAttention
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Raise CheckpointError naming each tensor of this layer that did not come."""
-        super().process_weights_after_loading(layer)
-        if hasattr(self, "_expected") and self._strict:
+    def check_loaded(self, layer: Any) -> None:
+        """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""
+        if self._strict:
             self._expected.require_all()
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Raises CheckpointError as ``check_loaded`` does."""
+        super().process_weights_after_loading(layer)
+        self.check_loaded(layer)
 
 
 def _copy(parameter: nn.Parameter, loaded: Tensor) -> None:

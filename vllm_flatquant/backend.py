@@ -128,7 +128,8 @@ class IntegerTriton:
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
         from .kernels.pack import pack_device
 
-        _set(layer, "weight_device", pack_device(packed))
+        shards = layer.transform_clip.shape[0]
+        _set(layer, "weight_device", pack_device(unpack_int4(packed), shards))
         _set(layer, "weight_scale", scale)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:

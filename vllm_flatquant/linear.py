@@ -165,6 +165,13 @@ class FlatQuantLinearMethod(LinearMethodBase):
                 parameter = BasevLLMParameter(data=data, weight_loader=weight_loader)
             layer.register_parameter(name, parameter)
 
+    def check_loaded(self, layer: Any) -> None:
+        """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""
+        if layer.bias is None:
+            self._expected.forget("bias")
+        if self._strict:
+            self._expected.require_all()
+
     def process_weights_after_loading(self, layer: Any) -> None:
         """Check that everything came and turn the checkpoint's layout into the backend's.
 
@@ -172,10 +179,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
         """
         if not hasattr(self, "_expected"):
             return  # a second call, on weights that are processed already
-        if layer.bias is None:
-            self._expected.forget("bias")
-        if self._strict:
-            self._expected.require_all()
+        self.check_loaded(layer)
         for name in FACTOR_NAMES:
             value = getattr(layer, name)
             if value is not None:

@@ -160,7 +160,7 @@ def kv_tensors(recipe: Recipe) -> dict[str, Tensor]:
 
 def checkpoint_tensors(recipe: Recipe, model: Any) -> dict[str, Tensor]:
     """Every tensor of the checkpoint, by its full name."""
-    tensors = {name: value.clone() for name, value in model.state_dict().items()}
+    tensors = dict(model.state_dict())
     inputs = {
         "qkv": recipe.hidden,
         "o": HEADS * HEAD_DIM,
@@ -188,18 +188,20 @@ def write_checkpoint(folder: Path, recipe: Recipe, **changes: Tensor | None) -> 
     changes: tensors to replace, or with None to leave out, by full name.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = random_model(recipe)
-    tensors = checkpoint_tensors(recipe, model)
-    for name, value in changes.items():
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value
-    save_file(
-        {name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors"
-    )
-    model.config.dtype = recipe.dtype
-    model.config.architectures = [type(model).__name__]
-    config = model.config.to_dict() | {"quantization_config": recipe.quantization_config()}
-    (folder / "config.json").write_text(json.dumps(config, indent=1, default=str), encoding="utf-8")
+    if repr(recipe) not in _MADE:
+        model = random_model(recipe)
+        model.config.dtype = recipe.dtype
+        model.config.architectures = [type(model).__name__]
+        config = model.config.to_dict() | {"quantization_config": recipe.quantization_config()}
+        _MADE[repr(recipe)] = (
+            checkpoint_tensors(recipe, model),
+            json.dumps(config, indent=1, default=str),
+        )
+    made, config_text = _MADE[repr(recipe)]
+    tensors = {name: value.clone() for name, value in (made | changes).items() if value is not None}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(config_text, encoding="utf-8")
     return tensors
+
+
+_MADE: dict[str, tuple[dict[str, Tensor], str]] = {}

@@ -1,6 +1,7 @@
 """vLLM models and layers in this process, loaded from a checkpoint as an engine would, without an engine."""
 
 import functools
+import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,10 +28,17 @@ def start_single_process() -> None:
 
 
 def engine_config(folder: Path, **options: Any) -> Any:
-    """The VllmConfig that ``vllm serve folder`` would use."""
+    """The VllmConfig that ``vllm serve folder`` would use, in the checkpoint's dtype."""
     from vllm.engine.arg_utils import EngineArgs
 
-    arguments = {"skip_tokenizer_init": True, "enforce_eager": True, "max_model_len": 128} | options
+    dtype = json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"]
+    arguments = {
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "dtype": dtype,
+    }
+    arguments |= options
     return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 

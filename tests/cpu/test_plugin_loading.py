@@ -1,0 +1,129 @@
+"""The strict loader: each damaged checkpoint is refused with a sentence that names the tensor."""
+
+import json
+
+import pytest
+import torch
+
+from vllm_flatquant.errors import CheckpointError, UnsupportedError
+
+from .tiny_checkpoint import Recipe, write_checkpoint
+from .vllm_model import load_model
+
+QUANTIZED = Recipe("Qwen2", k_bits=4, v_bits=4, shards=2)
+ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
+NAMES = [
+    f"{ATTENTION}.q_proj.weight_packed",
+    f"{ATTENTION}.v_proj.weight_scale",
+    f"{ATTENTION}.k_proj.bias",
+    f"{ATTENTION}.o_proj.weight_packed",
+    f"{ATTENTION}.qkv_transform.left",
+    f"{ATTENTION}.qkv_transform.clip",
+    f"{ATTENTION}.o_transform.head",
+    f"{ATTENTION}.o_transform.clip",
+    f"{ATTENTION}.k_transform.matrix",
+    f"{ATTENTION}.k_transform.inverse_t",
+    f"{ATTENTION}.k_transform.clip",
+    f"{ATTENTION}.v_transform.clip",
+    f"{MLP}.up_proj.weight_packed",
+    f"{MLP}.gate_proj.weight_scale",
+    f"{MLP}.gate_up_transform.right",
+    f"{MLP}.down_transform.left",
+    f"{MLP}.down_transform.right",
+    f"{MLP}.down_proj.weight_scale",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_tensor_is_named(tmp_path, name):
+    write_checkpoint(tmp_path, QUANTIZED, **{name: None})
+    with pytest.raises(CheckpointError, match=f"the checkpoint lacks {name};"):
+        load_model(tmp_path)
+
+
+def test_all_missing_tensors_of_a_layer_are_named(tmp_path):
+    names = [f"{MLP}.down_transform.left", f"{MLP}.down_transform.clip"]
+    write_checkpoint(tmp_path, QUANTIZED, **dict.fromkeys(names))
+    with pytest.raises(CheckpointError, match=f"{names[0]}, {names[1]}"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.input_layernorm.weight", "model.norm.weight"])
+def test_missing_norm_weight_is_named(tmp_path, name):
+    write_checkpoint(tmp_path, QUANTIZED, **{name: None})
+    with pytest.raises(ValueError, match=name):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_shape_mismatch_is_named(tmp_path, name):
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    write_checkpoint(tmp_path, QUANTIZED, **{name: torch.cat([tensor, tensor])})
+    with pytest.raises(CheckpointError, match=f"{name} has shape .* but the model needs"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("packed")])
+def test_values_that_are_not_finite_are_named(tmp_path, name, value):
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    tensor.view(-1)[-1] = value
+    write_checkpoint(tmp_path, QUANTIZED, **{name: tensor})
+    with pytest.raises(CheckpointError, match=f"{name} contains NaN or inf"):
+        load_model(tmp_path)
+
+
+def test_wrong_dtype_is_named(tmp_path):
+    name = f"{MLP}.up_proj.weight_packed"
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    write_checkpoint(tmp_path, QUANTIZED, **{name: tensor.to(torch.int32)})
+    with pytest.raises(CheckpointError, match=rf"{name} is torch.int32 but must be torch.uint8"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", [f"{ATTENTION}.qkv_transform.middle", f"{ATTENTION}.k_scale"])
+def test_unknown_tensor_is_refused(tmp_path, name):
+    write_checkpoint(tmp_path, QUANTIZED, **{name: torch.zeros(1)})
+    with pytest.raises(ValueError, match="There is no module or parameter named"):
+        load_model(tmp_path)
+
+
+def test_transform_of_an_unquantized_cache_is_refused(tmp_path):
+    write_checkpoint(tmp_path, Recipe(), **{f"{ATTENTION}.v_transform.clip": torch.ones(1)})
+    with pytest.raises(ValueError, match="There is no module or parameter named"):
+        load_model(tmp_path)
+
+
+def test_partly_ignored_fused_layer_is_refused(tmp_path):
+    write_checkpoint(tmp_path, Recipe(ignore=("lm_head", "model.layers.0.self_attn.k_proj")))
+    with pytest.raises(
+        UnsupportedError, match="ignore lists k_proj but not all of q_proj, k_proj, v_proj"
+    ):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes, match",
+    [
+        (
+            {"intermediate_size": 160},
+            "down_proj has 160 inputs, which quantization_config .* does not fit",
+        ),
+        ({"hidden_size": 64}, "qkv_proj has 64 inputs, which quantization_config .* does not fit"),
+        ({"head_dim": 64}, "head_dim 64 but quantization_config.sites.k is 32"),
+        ({"num_attention_heads": 2}, "o_proj.weight_packed has shape .* but the model needs"),
+    ],
+)
+def test_config_that_does_not_fit_its_spec_is_refused(tmp_path, changes, match):
+    write_checkpoint(tmp_path, Recipe(k_bits=8, v_bits=8))
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")
+    with pytest.raises((CheckpointError, UnsupportedError), match=match):
+        load_model(tmp_path)
+
+
+def test_dummy_weights_need_no_checkpoint_tensors(tmp_path):
+    write_checkpoint(tmp_path, QUANTIZED)
+    (tmp_path / "model.safetensors").unlink()
+    layer = load_model(tmp_path, load_format="dummy").model.layers[0].mlp.down_proj
+    assert torch.isfinite(layer(torch.randn(4, 192))[0]).all()
