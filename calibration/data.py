@@ -46,7 +46,9 @@ def calibration_tokens(calib: str, model: Path, samples: int, seq_len: int, seed
     need, ids_list, have = 8 * samples * seq_len, [], 0
     for text in iterate_texts(calib):
         ids_list.append(
-            torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"], dtype=torch.int64)
+            torch.tensor(
+                tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.int64
+            )
         )
         have += len(ids_list[-1])
         if have >= need:
@@ -172,4 +174,4 @@ def evaluation_tokens(model: Path, text: str | None, tokens: str | None, dataset
         body = read_text(path)
     else:
         body = "\n\n".join(dataset_texts(str(dataset)))
-    return torch.tensor(tokenizer(body)["input_ids"], dtype=torch.int64)
+    return torch.tensor(tokenizer(body, verbose=False)["input_ids"], dtype=torch.int64)

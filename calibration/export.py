@@ -15,7 +15,6 @@ from .source import SIDE_FILES
 
 SHARD_BYTES = 5 * 1000**3
 """Largest shard, the hub's default."""
-NOT_COPIED = ("config.json", "model.safetensors.index.json")
 
 
 def check_out(out: Path, overwrite: bool) -> None:
@@ -82,8 +81,7 @@ class CheckpointWriter:
         """config.json with the spec, and the source's tokenizer, generation and licence files."""
         for pattern in SIDE_FILES:
             for file in source.glob(pattern):
-                if file.name not in NOT_COPIED:
-                    shutil.copyfile(file, self.folder / file.name)
+                shutil.copyfile(file, self.folder / file.name)
         config = {**config, "quantization_config": spec.model_dump()}
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
 

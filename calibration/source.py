@@ -15,7 +15,18 @@ from .architectures import Architecture, find_architecture
 from .attention import ATTENTION
 from .errors import UserError
 
-SIDE_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*")
+SIDE_FILES = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "*.model",
+    "*.jinja",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "LICENSE*",
+)
 """Tokenizer, generation and licence files that go along with a checkpoint."""
 
 GOLDEN = "golden.safetensors"
@@ -175,7 +186,9 @@ def resolve_folder(model: str | Path) -> Path:
             f"model folder {model} does not exist; give a folder or a Hugging Face name (org/name)"
         )
     try:
-        return Path(snapshot_download(str(model), allow_patterns=["*.safetensors", *SIDE_FILES]))
+        return Path(
+            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES])
+        )
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -1,0 +1,137 @@
+"""The ``flatquant`` command."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Quantize models with FlatQuant and check the result. Serve one with `vllm serve DIR`.",
+)
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="folder or Hugging Face name of the unquantized model")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint folder to make")],
+    scheme: Annotated[str, typer.Option(help="w4a4, w4a8 or w4a16")] = "w4a4",
+    kv: Annotated[int, typer.Option(help="bits of the KV cache: 16, 8 or 4")] = 16,
+    rounding: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
+    group_size: Annotated[int | None, typer.Option(help="weights per scale (w4a16 only)")] = None,
+    shards: Annotated[int, typer.Option(help="tensor-parallel sizes that divide this can serve")] = 1,
+    preset: Annotated[
+        str, typer.Option(help="default, or quick (reduced: for trying things out)")
+    ] = "default",
+    samples: Annotated[int | None, typer.Option(help="calibration rows [preset]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens per row [preset]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="training epochs per block [preset]")] = None,
+    calib: Annotated[
+        str, typer.Option(help="FILE.txt, FILE.jsonl, FILE.npy, stdlib or a dataset name")
+    ] = "stdlib",
+    device: DeviceOption = "auto",
+    seed: int = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a folder that is not empty")
+    ] = False,
+) -> None:
+    """Turn a model into a 4-bit checkpoint, block by block."""
+    from .calibration.recipe import PRESETS, make_recipe
+    from .tools.progress import quantize_with_progress
+
+    if preset not in PRESETS:
+        fail(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
+    given = {"samples": samples, "seq_len": seq_len, "epochs": epochs}
+    settings = {
+        **PRESETS[preset],
+        **{k: v for k, v in given.items() if v is not None},
+        "scheme": scheme.lower(),
+        "kv": kv,
+        "rounding": rounding.lower(),
+        "group_size": group_size,
+        "shards": shards,
+        "seed": seed,
+    }
+    recipe = make_recipe(**settings)
+    if preset == "quick":
+        print(
+            f"preset quick: reduced to {recipe.samples} samples of {recipe.seq_len} tokens and "
+            f"{recipe.epochs} epochs; use --preset default for accuracy"
+        )
+    quantize_with_progress(model, out, recipe, calib, device, overwrite)
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="checkpoint folder, or an unquantized model")],
+    text: Annotated[str | None, typer.Option(help="UTF-8 text file")] = None,
+    tokens: Annotated[str | None, typer.Option(help=".npy file of token ids")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hugging Face dataset, name or name:config")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(help="tokens per window")] = 2048,
+    limit: Annotated[int | None, typer.Option(help="windows to evaluate [all]")] = None,
+    backend: Annotated[str, typer.Option(help="reference (PyTorch) or vllm")] = "reference",
+    dtype: Annotated[str, typer.Option(help="mathematics outside the integer products")] = "float32",
+    device: DeviceOption = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
+) -> None:
+    """Perplexity over non-overlapping windows: mean next-token cross entropy of each, exponentiated."""
+    from .tools.evaluation import evaluate as run
+
+    result = run(model, text, tokens, dataset, seq_len, limit, backend, dtype, device)
+    print(
+        f"perplexity {result['perplexity']:.4f} over {result['windows']} windows of {seq_len} tokens "
+        f"({backend}, {dtype})"
+    )
+    if as_json:
+        print(json.dumps(result))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[str, typer.Argument(help="checkpoint folder")],
+    verify: Annotated[bool, typer.Option("--verify", help="replay the golden prompt")] = False,
+    backend: Annotated[
+        str, typer.Option(help="with --verify: reference, vllm, or all that is installed")
+    ] = "all",
+) -> None:
+    """What a checkpoint holds, whether it is complete, and (with --verify) whether it still computes the
+    same."""
+    from .tools.inspection import inspect_folder, verify_folder
+
+    print(inspect_folder(folder))
+    if verify:
+        for line in verify_folder(folder, backend):
+            print(line)
+
+
+def fail(message: str) -> None:
+    """Print one sentence and leave with status 1."""
+    print(f"flatquant: {message}", file=sys.stderr)
+    raise SystemExit(1)
+
+
+def main() -> None:
+    """Entry point: bad input ends in one sentence and status 1, no traceback."""
+    # Waiting threads must not spin: on a busy machine that costs many times the work itself.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from .calibration.errors import UserError
+
+    try:
+        app()
+    except UserError as error:
+        fail(str(error))
+    except KeyboardInterrupt:
+        print("flatquant: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

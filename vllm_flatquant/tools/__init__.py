@@ -1,0 +1,1 @@
+"""What the command line does beyond calibration; may import both halves of the package."""

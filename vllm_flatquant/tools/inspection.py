@@ -1,0 +1,138 @@
+"""``flatquant inspect``: what a checkpoint holds, and whether it still computes what it computed when made."""
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..calibration.architectures import find_architecture
+from ..calibration.errors import UserError
+from ..calibration.reference import check_names, checkpoint_names, load_reference, read_spec
+from ..calibration.source import GOLDEN, WeightFiles, load_config, resolve_folder
+
+TOLERANCE = 0.05
+"""Largest difference of a top logit, float32, between the recorded and the replayed prompt. Rounding of
+an activation can flip where two machines sum in another order; one flip moves a logit by far less."""
+
+
+def inspect_folder(folder: str) -> str:
+    """A summary of the checkpoint, after checking that every tensor is there. Raises UserError."""
+    path = resolve_folder(folder)
+    spec = read_spec(path)
+    if spec is None:
+        raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
+    config = load_config(path)
+    files = WeightFiles(path)
+    check_names(
+        path, set(files.names), checkpoint_names(config, spec, find_architecture(config.model_type))
+    )
+    size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
+    sites = []
+    for name in ("qkv", "o", "gate_up", "down", "k"):
+        value = getattr(spec.sites, name)
+        if value is not None:
+            sites.append(
+                f"{name} {value}" if isinstance(value, int) else f"{name} {value.left}x{value.right}"
+            )
+    return "\n".join(
+        [
+            (
+                f"{path}: {config.model_type}, {config.num_hidden_layers} blocks, {len(files.names)} tensors, "
+                f"{size / 1e6:.1f} MB"
+            ),
+            (
+                f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
+                f"{spec.activations.bits}-bit activations per token"
+            ),
+            f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
+            f"transforms  {', '.join(sites) or 'none'}",
+            f"shards      {spec.shards} (tensor-parallel sizes that divide it can serve)",
+            f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
+            f"serve with  vllm serve {path}",
+        ]
+    )
+
+
+def verify_folder(folder: str, backend: str) -> Iterator[str]:
+    """Replay the golden prompt; one line per backend. Raises UserError if a logit is off by more than
+    ``TOLERANCE`` or the top token differs where the recorded margin exceeds twice that."""
+    path = resolve_folder(folder)
+    if backend not in ("all", "reference", "vllm"):
+        raise UserError(f"backend '{backend}' is unknown; use reference, vllm or all")
+    file = path / GOLDEN
+    if not file.exists():
+        raise UserError(f"{path} has no {GOLDEN}; copy it again from where the checkpoint was made")
+    try:
+        golden = load_file(file)
+        ids, top_ids, top = golden["input_ids"], golden["top_ids"], golden["top_logits"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{file} cannot be read ({error}); copy it again") from None
+    if backend in ("all", "reference"):
+        logits = _reference_logits(path, ids)
+        yield check_logits("reference", logits, top_ids, top, logprobs=False)
+    if backend == "vllm" or (backend == "all" and find_spec("vllm")):
+        yield check_logits("vllm", _vllm_logprobs(path, ids, top_ids), top_ids, top, logprobs=True)
+
+
+def check_logits(name: str, found: Tensor, top_ids: Tensor, top: Tensor, logprobs: bool) -> str:
+    """Compare replayed values with the recorded ones.
+
+    found: [n, vocabulary] logits, or [n, k] log-probabilities of ``top_ids`` with ``logprobs``.
+    top_ids, top: recorded ids and logits [n, k], descending. Returns the line to print.
+    """
+    if logprobs:
+        # Log-probabilities are logits up to a constant per position: compare differences to the first.
+        found = found - found[:, :1]
+        top = top - top[:, :1]
+        values = found
+    else:
+        values = found.gather(1, top_ids)
+    worst = (values - top).abs().max().item()
+    sure = top[:, 0] - top[:, 1] > 2 * TOLERANCE
+    best = values.argmax(dim=1) == 0
+    if not logprobs:
+        best = found.argmax(dim=1) == top_ids[:, 0]
+    wrong = int((sure & ~best).sum())
+    if worst > TOLERANCE or wrong:
+        raise UserError(
+            f"verify {name}: FAILED, largest logit difference {worst:.4f} (allowed {TOLERANCE}), {wrong} wrong "
+            "top tokens; the checkpoint or this machine's runtime is damaged, copy the folder again"
+        )
+    return f"verify {name}: ok, {len(top)} positions, largest logit difference {worst:.4f} (allowed {TOLERANCE})"
+
+
+@torch.no_grad()
+def _reference_logits(path: Path, ids: Tensor) -> Tensor:
+    model = load_reference(path)
+    return model(ids[None].long(), use_cache=False).logits[0].float()
+
+
+def _vllm_logprobs(path: Path, ids: Tensor, top_ids: Tensor) -> Tensor:
+    """Log-probabilities of ``top_ids`` [n, k] after each prefix, float32, from one vLLM prompt."""
+    from vllm import LLM, SamplingParams
+
+    n, k = top_ids.shape
+    llm = LLM(
+        model=str(path),
+        dtype="float32",
+        max_model_len=n + 1,
+        skip_tokenizer_init=True,
+        max_logprobs=2 * k,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=2 * k, logprobs=2 * k, detokenize=False
+    )
+    output = llm.generate([{"prompt_token_ids": ids.tolist()}], params, use_tqdm=False)[0]
+    entries = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    lost = float("-inf")
+    rows = [
+        [entry[t].logprob if t in entry else lost for t in row]
+        for entry, row in zip(entries, top_ids.tolist(), strict=True)
+    ]
+    return torch.tensor(rows)
