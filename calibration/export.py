@@ -86,7 +86,7 @@ class CheckpointWriter:
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
     def finish(self) -> Path:
-        """Name the shards, write the index if there are several, and put the folder in place."""
+        """Name the shards, write the index, and put the folder in place."""
         self._flush()
         count = len(self._shards)
         where = {}
@@ -96,9 +96,9 @@ class CheckpointWriter:
             )
             (self.folder / f"shard-{i}").rename(self.folder / final)
             where.update({name: final for name in names})
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
-            self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        # With one shard too: vLLM reads every *.safetensors file that no index excludes, the golden prompt as well.
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
+        self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         old = self.out.with_name(self.out.name + ".old")
         if self.out.exists():
             self.out.rename(old)
