@@ -84,6 +84,11 @@ def deployment(vllm_config: Any = None) -> Deployment:
     )
 
 
+def token_limit() -> int:
+    """The most tokens that one forward pass of the run that is being built can have."""
+    return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
+
+
 def is_cpu() -> bool:
     """Whether vLLM runs on its CPU platform."""
     return current_platform.is_cpu()

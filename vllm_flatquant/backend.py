@@ -16,6 +16,7 @@ from . import _compat, ops
 from .errors import UnsupportedError
 from .kernels.pack import unpack_int4
 from .kernels.quantize import dequantize_weight_ref
+from .kernels.tiles import BUCKETS
 from .spec import FlatQuantSpec
 
 MIN_CAPABILITY = 80
@@ -66,14 +67,44 @@ def make_runtime(spec: FlatQuantSpec, backend: str, shape: LayerShape, dtype: to
     integer = spec.activations.bits < 16
     if backend == "torch":
         return IntegerTorch(spec.activations.bits) if integer else WeightOnlyTorch(dtype)
+    if dtype == torch.float32:
+        raise UnsupportedError("FlatQuant's GPU kernels have no float32; serve with --dtype bfloat16")
     if integer:
-        return IntegerTriton(spec.activations.bits)
+        return IntegerTriton(spec.activations.bits, dtype)
     return WeightOnlyTriton(spec.weights.group_size, shape, dtype)
 
 
 def _set(layer: Any, name: str, value: Tensor) -> None:
     """Register ``value`` as a plain parameter, which is what the compiler wants."""
     layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+
+def _cast_factors(layer: Any, dtype: torch.dtype) -> None:
+    """Give the kernels factors in the dtype of their input, as they multiply them."""
+    for name in ("transform_left", "transform_right"):
+        factor = getattr(layer, name)
+        if factor is not None:
+            _set(layer, name, factor.data.to(dtype))
+
+
+_warmed: set[Any] = set()
+
+
+def _warm_up(
+    runtime: Runtime, layer: Any, key: Any, inputs: int, dtype: torch.dtype, tokens: int
+) -> None:
+    """Run ``layer`` once for every token count that has a tile of its own, up to ``tokens``.
+
+    Compiling a kernel while vLLM captures a CUDA graph would be fatal, and slow in the first requests.
+    """
+    factors = [None if f is None else f.shape for f in (layer.transform_left, layer.transform_right)]
+    device = next(layer.parameters()).device
+    key = (type(runtime), key, *factors, dtype, str(device))
+    if key in _warmed:
+        return
+    _warmed.add(key)
+    for count in [n for n in BUCKETS if n <= tokens] or [1]:
+        runtime.apply(layer, torch.zeros(count, inputs, dtype=dtype, device=device), None)
 
 
 class IntegerTorch:
@@ -117,11 +148,13 @@ class WeightOnlyTorch:
 class IntegerTriton:
     """Int4 weights, int4 or int8 activations, through our kernels."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, dtype: torch.dtype) -> None:
         from .kernels.kron_quant import kron_quant
         from .kernels.w4_gemm import w4_gemm
 
         self._bits = bits
+        self._dtype = dtype
+        self._tokens = _compat.token_limit()
         self._kron_quant = kron_quant
         self._w4_gemm = w4_gemm
 
@@ -131,6 +164,9 @@ class IntegerTriton:
         shards = layer.transform_clip.shape[0]
         _set(layer, "weight_device", pack_device(unpack_int4(packed), shards))
         _set(layer, "weight_scale", scale)
+        _cast_factors(layer, self._dtype)
+        key = (packed.shape, shards, self._bits)
+        _warm_up(self, layer, key, packed.shape[1] * 2, self._dtype, self._tokens)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scale = self._kron_quant(
@@ -158,6 +194,9 @@ class WeightOnlyTriton:
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
         self._kernel.process(layer, packed, scale, self._dtype)
+        _cast_factors(layer, self._dtype)
+        # The transform's launch does not depend on the number of tokens; vLLM warms its own kernel.
+        _warm_up(self, layer, packed.shape, packed.shape[1] * 2, self._dtype, tokens=1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if layer.transform_left is not None or layer.transform_right is not None:

@@ -1,0 +1,132 @@
+"""The choice of a backend, and the GPU backend's layouts, run on the CPU implementations of its operators."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from vllm_flatquant import _compat, backend
+from vllm_flatquant.errors import UnsupportedError
+from vllm_flatquant.kernels.kron import kron_ref
+from vllm_flatquant.kernels.pack import pack_int4, unpack_int4
+from vllm_flatquant.kernels.quantize import dequantize_weight_ref
+from vllm_flatquant.spec import parse_spec
+
+from .tiny_checkpoint import Recipe, random_factor
+from .vllm_model import start_single_process
+
+SHAPE = backend.LayerShape(256, 128, 256, 128)
+
+
+def make_runtime(recipe, name, dtype, shape=SHAPE):
+    """A runtime in the context of a vLLM run."""
+    start_single_process()
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        return backend.make_runtime(parse_spec(recipe.quantization_config()), name, shape, dtype)
+
+
+def random_layer(shards=2, clip=True):
+    """A layer with transforms of 16 x 8 in each of the shards of 256 inputs."""
+    layer = nn.Module()
+    width = 256 // shards
+    layer.transform_left = nn.Parameter(random_factor(shards, 16), requires_grad=False)
+    layer.transform_right = nn.Parameter(random_factor(shards, width // 16), requires_grad=False)
+    layer.transform_clip = nn.Parameter(0.9 + 0.1 * torch.rand(shards)) if clip else None
+    return layer
+
+
+@pytest.mark.parametrize(
+    "capability, name, reason",
+    [
+        (None, "torch", "no CUDA device"),
+        (75, "torch", "75 is below 80"),
+        (80, "triton", "80"),
+        (90, "triton", "90"),
+    ],
+)
+def test_choice_and_reason(capability, name, reason):
+    choice = backend.choose_backend(capability)
+    assert choice.name == name
+    assert reason in choice.reason
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gpu_backend_equals_the_torch_backend(dtype, bits, shards):
+    torch.manual_seed(bits + shards)
+    packed, scale = pack_int4(torch.randint(-8, 8, (128, 256), dtype=torch.int8)), torch.rand(128, 1)
+    x, bias = torch.randn(9, 256).to(dtype), torch.randn(128).to(dtype)
+    factors = random_layer(shards)
+    outputs = []
+    for name in ("torch", "triton"):
+        layer = nn.Module()
+        layer._parameters.update(factors._parameters)
+        runtime = make_runtime(Recipe(bits=bits, shards=shards), name, dtype)
+        runtime.process(layer, packed, scale)
+        outputs.append(runtime.apply(layer, x, bias))
+    assert layer.transform_left.dtype == dtype  # what the kernels multiply by
+    assert outputs[1].dtype == dtype
+    if dtype == torch.bfloat16:  # exact: the factors are bf16 values
+        assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.05)
+
+
+def test_warm_up_runs_every_tile_once(monkeypatch):
+    from vllm_flatquant.kernels.tiles import BUCKETS
+
+    monkeypatch.setattr(backend, "_warmed", set())
+    counts = []
+    original = backend.IntegerTriton.apply
+    monkeypatch.setattr(
+        backend.IntegerTriton,
+        "apply",
+        lambda self, layer, x, bias: counts.append(len(x)) or original(self, layer, x, bias),
+    )
+    packed = pack_int4(torch.zeros(128, 256, dtype=torch.int8))
+    for _ in range(2):
+        runtime = make_runtime(Recipe(shards=2), "triton", torch.bfloat16)
+        runtime.process(random_layer(), packed, torch.ones(128, 1))
+    assert counts == [n for n in BUCKETS if n <= runtime._tokens]
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_gpu_backend_refuses_float32(bits):
+    with pytest.raises(UnsupportedError, match="no float32; serve with --dtype bfloat16"):
+        make_runtime(Recipe(bits=bits), "triton", torch.float32)
+
+
+@pytest.mark.parametrize("group_size", [None, 32, 128])
+def test_weight_only_kernel_gets_vllms_layout(group_size):
+    """vLLM's CPU has a 4-bit weight kernel that takes the same layout as Machete and Marlin."""
+    layer = random_layer(shards=1, clip=False)
+    codes = torch.randint(-8, 8, (128, 256), dtype=torch.int8)
+    scale = (0.1 * torch.rand(128, 256 // (group_size or 256))).bfloat16().float()
+    runtime = make_runtime(Recipe(bits=16, group_size=group_size), "triton", torch.bfloat16)
+    left, right = layer.transform_left, layer.transform_right
+    runtime.process(layer, pack_int4(codes), scale)
+    x = torch.randn(7, 256).bfloat16()
+    actual = runtime.apply(layer, x, None)
+    weight = dequantize_weight_ref(codes, scale)
+    expected = F.linear(kron_ref(x, left, right).float(), weight)
+    error = (actual.float() - expected).norm() / expected.norm()
+    assert error < 0.01  # bf16 products; a misplaced nibble would give about 1
+
+
+def test_weight_only_kernel_layout_bit_by_bit():
+    start_single_process()
+    codes = torch.arange(-8, 8, dtype=torch.int8).repeat(2, 1)
+    seen = {}
+    kernel = SimpleNamespace(process_weights_after_loading=lambda layer: seen.update(layer._parameters))
+    only = object.__new__(_compat.WeightOnlyKernel)
+    only._kernel = kernel
+    only.process(nn.Module(), pack_int4(codes), torch.ones(2, 1), torch.bfloat16)
+    words = seen["weight_packed"].data
+    assert words.dtype == torch.int32 and words.shape == (2, 2)
+    nibbles = (words.unsqueeze(-1) >> (4 * torch.arange(8))) & 0xF
+    assert torch.equal(nibbles.flatten(1) - 8, codes.to(torch.int64))
+    assert torch.equal(unpack_int4(pack_int4(codes)), codes)
