@@ -89,10 +89,12 @@ class ModelSource:
         names = [n for n in self.files.names if n.startswith(prefix) and "rotary_emb" not in n]
         return {n.removeprefix(prefix): self.files.tensor(n) for n in names}
 
-    def load_block(self, index: int, device: torch.device) -> nn.Module:
-        """The decoder layer ``index`` with float32 weights on ``device``; the model keeps none of it."""
+    def load_block(
+        self, index: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
+        """The decoder layer ``index`` with weights of ``dtype`` on ``device``; the model keeps none of it."""
         layer = type(self.model.get_submodule(self.arch.blocks)[index])(self.config, index)
-        state = {n: t.to(device, torch.float32) for n, t in self.block_tensors(index).items()}
+        state = {n: t.to(device, dtype) for n, t in self.block_tensors(index).items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).eval()
 

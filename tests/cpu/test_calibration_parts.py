@@ -1,0 +1,107 @@
+"""Matrices, factor pairs, clips, straight-through rounding, recipes."""
+
+import pytest
+import torch
+
+from vllm_flatquant.calibration.errors import UserError
+from vllm_flatquant.calibration.factors import factor_pair
+from vllm_flatquant.calibration.matrices import MATRICES
+from vllm_flatquant.calibration.recipe import Recipe, make_recipe
+from vllm_flatquant.calibration.sites import Site, fake_quantize
+from vllm_flatquant.calibration.weights import WeightClip, fake_quantize_weight
+from vllm_flatquant.kernels.kron_quant import kron_quant_ref
+from vllm_flatquant.kernels.quantize import dequantize_weight_ref, quantize_ref
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("n", [1, 5, 16])
+def test_matrix_and_inverse_transpose(kind, n):
+    matrix = MATRICES[kind](3, n, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for parameter in matrix.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        p, p_inv_t = matrix()
+    assert torch.allclose(p @ p_inv_t.mT, torch.eye(n).expand(3, -1, -1), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("n", "pair"),
+    [
+        (4096, (64, 64)),
+        (14336, (112, 128)),
+        (5120, (64, 80)),
+        (25600, (160, 160)),
+        (1408, (32, 44)),
+        (384, (16, 24)),
+        (2 * 7 * 11, (11, 14)),
+        (4 * 269, (4, 269)),
+        (1, (1, 1)),
+    ],
+)
+def test_factor_pair(n, pair):
+    assert factor_pair(n) == pair
+
+
+def test_factor_pair_prefers_multiples_of_16():
+    assert factor_pair(11008) == (86, 128)  # 43 is prime: no balanced pair of multiples of 16
+    assert factor_pair(13824) == (108, 128) or all(f % 16 == 0 for f in factor_pair(13824))
+
+
+def test_no_factor_pair_names_the_dimension():
+    with pytest.raises(UserError, match="intermediate_size 10007"):
+        factor_pair(10007, "intermediate_size")
+
+
+def test_fake_quantize_is_the_reference_and_passes_gradients():
+    z = torch.randn(5, 32, requires_grad=True)
+    out = fake_quantize(z, 4, 0.9)
+    codes, scale = quantize_ref(z.detach(), 4, 0.9)
+    assert torch.allclose(out, codes * scale[:, None], atol=1e-6)
+    out.sum().backward()
+    assert z.grad is not None
+    assert z.grad.abs().sum() > 0
+
+
+def test_site_is_kron_quant_ref():
+    site = Site(2, 3, 4, 4, "svd", torch.Generator().manual_seed(0))
+    x = torch.randn(7, 24)
+    left, _, right, _ = site.matrices()
+    codes, scale = kron_quant_ref(x, left, right, site.clip, 4)
+    expected = (codes.view(7, 2, 12) * scale[..., None]).view(7, 24)
+    assert torch.allclose(site(x), expected, atol=1e-5)
+
+
+def test_weight_fake_quantization_is_dequantized_codes():
+    w = torch.randn(6, 32)
+    groups = quantize_ref(w.view(6, 4, 8), 4)
+    expected = dequantize_weight_ref(groups[0].view(6, 32), groups[1])
+    assert torch.allclose(fake_quantize_weight(w, 4, 8), expected, atol=1e-6)
+
+
+def test_weight_clip_bounds_each_group():
+    clip = WeightClip(6, 4)
+    w = torch.randn(6, 32)
+    clipped = clip(w, 8).view(6, 4, 8)
+    limit = w.view(6, 4, 8).amax(-1) * torch.tensor(4.0).sigmoid()
+    assert torch.allclose(clipped.amax(-1), limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"scheme": "w3a3"}, "scheme='w3a3'"),
+        ({"kv": 5}, "kv=5"),
+        ({"rounding": "floor"}, "rounding='floor'"),
+        ({"samples": 0}, "samples=0"),
+        ({"scheme": "w4a4", "group_size": 128}, "only with 16-bit activations"),
+        ({"no_such": 1}, "no_such"),
+    ],
+)
+def test_recipe_refuses(settings, message):
+    with pytest.raises(UserError, match=message):
+        make_recipe(**settings)
+
+
+def test_recipe_defaults_are_the_papers():
+    recipe = Recipe()
+    assert (recipe.samples, recipe.seq_len, recipe.epochs, recipe.batch_size) == (128, 2048, 15, 4)
