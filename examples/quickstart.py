@@ -39,9 +39,13 @@ def run(*command: str) -> str:
     ) as process:
         assert process.stdout is not None
         output = ""
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            output += line
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                output += line
+        except BaseException:
+            process.terminate()
+            raise
     if process.returncode:
         sys.exit(
             f"quick start: {Path(command[0]).name} {command[1]} ended with status {process.returncode}"
