@@ -1,9 +1,10 @@
 """Run by the serving tests in a process of its own: prompts through a vLLM engine, results as JSON.
 
-Arguments: checkpoint folder, tensor-parallel size, dtype, output file. The prompts' token ids come on
-standard input as a JSON list of lists.
+Arguments: checkpoint folder, output file, then engine options as ``vllm serve`` takes them. The prompts'
+token ids come on standard input as a JSON list of lists.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -11,13 +12,21 @@ from pathlib import Path
 
 def main() -> None:
     """Write, per prompt, the greedy tokens and the prompt tokens' log-probabilities (first one null)."""
-    folder, ranks, dtype, out = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1)
+    parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--dtype", default="float32")
+    arguments = parser.parse_args()
+
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model=folder,
-        tensor_parallel_size=int(ranks),
-        dtype=dtype,
+        model=arguments.folder,
+        tensor_parallel_size=arguments.tensor_parallel_size,
+        enforce_eager=arguments.enforce_eager,
+        dtype=arguments.dtype,
         max_model_len=128,
         max_num_seqs=8,
         skip_tokenizer_init=True,
@@ -25,11 +34,10 @@ def main() -> None:
         kv_cache_memory_bytes=64 << 20,
         seed=0,
     )
-    prompts = json.load(sys.stdin)
     parameters = SamplingParams(
         max_tokens=16, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
     )
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], parameters, use_tqdm=False)
+    prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
     results = [
         {
             "tokens": list(output.outputs[0].token_ids),
@@ -38,9 +46,9 @@ def main() -> None:
                 for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
             ],
         }
-        for output in outputs
+        for output in llm.generate(prompts, parameters, use_tqdm=False)
     ]
-    Path(out).write_text(json.dumps(results), encoding="utf-8")
+    arguments.out.write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
