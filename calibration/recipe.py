@@ -28,7 +28,7 @@ class Recipe(BaseModel):
     seq_len: int = Field(default=2048, gt=1)
     epochs: int = Field(default=15, ge=0)
     batch_size: int = Field(default=4, gt=0)
-    lr: float = Field(default=5e-3, gt=0)
+    lr: float = Field(default=1e-2, gt=0)
     clip_lr_factor: float = Field(default=10.0, gt=0)
     matrix: Literal["svd", "direct", "orthogonal"] = "svd"
     diag: bool = True

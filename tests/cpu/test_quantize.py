@@ -1,0 +1,121 @@
+"""The pipeline on tiny models: every scheme gives a complete checkpoint that computes what it recorded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import ARCHITECTURES, make_model, random_tokens
+
+from vllm_flatquant.calibration.quantize import quantize
+from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.reference import load_reference
+from vllm_flatquant.spec import parse_spec
+from vllm_flatquant.tools.inspection import inspect_folder, verify_folder
+
+SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2}
+
+
+@pytest.fixture
+def calib(tmp_path):
+    file = tmp_path / "calib.npy"
+    np.save(file, random_tokens(4, 24).numpy())
+    return str(file)
+
+
+def make(tmp_path, calib, model_type="llama", name="out", dtype=torch.bfloat16, sizes=None, **settings):
+    model = make_model(tmp_path / f"m-{model_type}", model_type, dtype, **(sizes or {}))
+    return model, quantize(model, tmp_path / name, make_recipe(**SMALL, **settings), calib, "cpu")
+
+
+def error(model, out):
+    """Relative error of the logits against the unquantized model; an unrelated function would give 1.4."""
+    tokens = random_tokens(4, 24)
+    with torch.no_grad():
+        expected = load_reference(model)(tokens).logits
+        return ((load_reference(out)(tokens).logits - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kv", [16, 8, 4])
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16"])
+def test_every_scheme(tmp_path, calib, scheme, kv):
+    model, out = make(tmp_path, calib, scheme=scheme, kv=kv)
+    spec = parse_spec(json.loads((out / "config.json").read_text())["quantization_config"])
+    assert (spec.scheme, spec.kv.k_bits, spec.kv.v_bits) == (scheme, kv, kv)
+    assert scheme in inspect_folder(str(out))
+    assert "ok" in next(verify_folder(str(out), "reference"))
+    assert error(model, out) < 0.7
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+def test_every_architecture(tmp_path, calib, model_type, rounding):
+    model, out = make(tmp_path, calib, model_type, rounding=rounding, shards=2, kv=4)
+    assert "ok" in next(verify_folder(str(out), "reference"))
+    assert error(model, out) < 0.7
+    log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
+    assert [r["block"] for r in log] == [0, 1]
+    assert all((r["gptq_damping"] is not None) == (rounding == "gptq") for r in log)
+
+
+def test_fp16_and_fp32_models_keep_their_dtype(tmp_path, calib):
+    for dtype in (torch.float16, torch.float32):
+        _, out = make(tmp_path, calib, name=str(dtype), dtype=dtype)
+        tensors = load_file(out / "model.safetensors")
+        assert tensors["model.norm.weight"].dtype == dtype
+        assert tensors["model.layers.0.input_layernorm.weight"].dtype == dtype
+        assert "ok" in next(verify_folder(str(out), "reference"))
+
+
+def test_factors_are_bf16_values_and_w4a16_scales_too(tmp_path, calib):
+    _, out = make(tmp_path, calib, scheme="w4a16", sizes={"intermediate_size": 96}, group_size=16)
+    tensors = load_file(out / "model.safetensors")
+    checked = 0
+    for name, tensor in tensors.items():
+        if "transform" in name or name.endswith("weight_scale"):
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, tensor.bfloat16().float()), name
+            checked += 1
+    assert checked == 2 * (7 + 7)
+    assert tensors["model.layers.0.mlp.down_proj.weight_scale"].shape == (48, 6)
+
+
+def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, calib):
+    files = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        _, out = make(tmp_path, calib, name=name, seed=seed, rounding="gptq")
+        files.append(
+            [(out / f).read_bytes() for f in ("model.safetensors", "config.json", "golden.safetensors")]
+        )
+    assert files[0] == files[1]
+    assert files[0][0] != files[2][0]
+
+
+def test_shards_split_into_files(tmp_path, calib, monkeypatch):
+    monkeypatch.setattr(
+        "vllm_flatquant.calibration.export.CheckpointWriter.__init__.__defaults__", (20_000,)
+    )
+    _, out = make(tmp_path, calib)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert all((out / f).exists() for f in index["weight_map"].values())
+    assert "ok" in next(verify_folder(str(out), "reference"))
+
+
+def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib):
+    model = make_model(tmp_path / "m")
+    tensors = load_file(model / "model.safetensors")
+    with torch.no_grad():
+        layer = "model.layers.0."
+        tensors[layer + "self_attn.q_proj.weight"][3] = 0
+        tensors[layer + "mlp.down_proj.weight"].zero_()
+        tensors[layer + "mlp.up_proj.weight"][5] = tensors[layer + "mlp.up_proj.weight"][4]
+        tensors["model.layers.1.mlp.up_proj.weight"][7] *= 1e4  # an outlier channel, rescaled exactly
+        tensors["model.layers.1.mlp.down_proj.weight"][:, 7] /= 1e4
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    for rounding in ("rtn", "gptq"):
+        out = quantize(model, tmp_path / rounding, make_recipe(**SMALL, rounding=rounding), calib, "cpu")
+        found = load_file(out / "model.safetensors")
+        assert all(torch.isfinite(t.float()).all() for t in found.values())
+        assert error(model, out) < 1
