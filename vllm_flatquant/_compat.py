@@ -33,7 +33,7 @@ from vllm.model_executor.parameter import (
 )
 from vllm.platforms import current_platform
 
-from .errors import UnsupportedError
+from .errors import CheckpointError, UnsupportedError
 from .spec import QUANT_METHOD, SpecError
 
 __all__ = [
@@ -148,7 +148,9 @@ def check_engine_arguments(config_class: Any) -> None:
             vllm_config = original(self, *args, **kwargs)
             if isinstance(vllm_config.quant_config, config_class):
                 vllm_config.quant_config.check_deployment(deployment(vllm_config))
-                _track_other_weights(vllm_config.load_config)
+                if _reads_safetensors(vllm_config.load_config):
+                    _check_folder(vllm_config.quant_config, vllm_config.model_config)
+                    _track_other_weights(vllm_config.load_config)
             return vllm_config
         except ValueError as error:
             ours = _our_error(error)
@@ -162,14 +164,17 @@ def check_engine_arguments(config_class: Any) -> None:
     cast(Any, EngineArgs).create_engine_config = create_engine_config
 
 
+_OURS = (UnsupportedError, CheckpointError, SpecError)
+
+
 def _our_error(error: ValueError) -> ValueError | None:
     """``error`` if it is ours, or ours inside the ValidationError that pydantic made of it."""
-    if isinstance(error, (UnsupportedError, SpecError)):
+    if isinstance(error, _OURS):
         return error
     details = cast(Any, error).errors() if hasattr(error, "errors") else []
     for detail in details:
         inner = detail.get("ctx", {}).get("error")
-        if isinstance(inner, (UnsupportedError, SpecError)):
+        if isinstance(inner, _OURS):
             return inner
     return None
 
@@ -202,9 +207,19 @@ def name_missing_tensors() -> None:
 
 def _track_other_weights(load_config: Any) -> None:
     """Ask vLLM to notice missing norm weights; by default it does so for unquantized models only."""
-    extra = load_config.model_loader_extra_config
-    if str(load_config.load_format) in ("auto", "safetensors", "hf") and isinstance(extra, dict):
-        extra.setdefault("enable_weights_track", True)
+    if isinstance(load_config.model_loader_extra_config, dict):
+        load_config.model_loader_extra_config.setdefault("enable_weights_track", True)
+
+
+def _reads_safetensors(load_config: Any) -> bool:
+    return str(load_config.load_format) in ("auto", "safetensors", "hf")
+
+
+def _check_folder(quant_config: Any, model_config: Any) -> None:
+    """Look at the checkpoint's files if the model is a local folder of the usual kind."""
+    folder, blocks = Path(model_config.model), getattr(model_config.hf_config, "num_hidden_layers", None)
+    if folder.is_dir() and isinstance(blocks, int):
+        quant_config.check_files(folder, blocks)
 
 
 class WeightOnlyKernel:

@@ -13,7 +13,7 @@ from . import _compat, ops
 from ._compat import Attention, BaseKVCacheMethod
 from .errors import UnsupportedError
 from .loading import ExpectedTensors
-from .sites import ATTENTION_NAMES, checkpoint_name
+from .sites import ATTENTION_NAMES, attention_parameters, checkpoint_name
 from .spec import FlatQuantSpec
 
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "half", "float32", "float")
@@ -72,13 +72,13 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
                 f"{prefix} has head_dim {head_dim} but quantization_config.sites.k is {self._spec.sites.k}; "
                 "config.json was changed, quantize the model again"
             )
-        square, clip = (head_dim, head_dim), {8: (1,), 4: (2,)}
-        shapes: dict[str, tuple[int, ...]] = {}
-        if kv.k_bits < 16:
-            shapes |= {"k_transform_matrix": square, "k_transform_inverse_t": square}
-            shapes["k_transform_clip"] = clip[kv.k_bits]
-        if kv.v_bits < 16:
-            shapes["v_transform_clip"] = clip[kv.v_bits]
+        clip = {8: (1,), 4: (2,)}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            attention_parameters(self._spec), (head_dim, head_dim)
+        )
+        shapes |= {
+            f"{n}_transform_clip": clip[b] for n, b in (("k", kv.k_bits), ("v", kv.v_bits)) if b < 16
+        }
         for name, tensor in ATTENTION_NAMES.items():
             if name not in shapes:
                 layer.register_parameter(name, None)

@@ -1,5 +1,6 @@
 """FlatQuantConfig: which quantization method each layer of a model gets."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from ._compat import (
 from .attention import FlatQuantKVCacheMethod, check_cache_dtype
 from .backend import choose_backend
 from .errors import UnsupportedError
+from .files import check_files
 from .linear import FlatQuantLinearMethod, tensor_parallel_message
-from .sites import Site, rename_rules, site_of
+from .sites import ignored_parts, rename_rules, site_of
 from .spec import QUANT_METHOD, FlatQuantSpec, parse_spec
 
 
@@ -89,6 +91,10 @@ class FlatQuantConfig(QuantizationConfig):
             raise UnsupportedError(tensor_parallel_message(self.spec.shards, options.tensor_parallel))
         check_cache_dtype(self.spec, options.kv_cache_dtype)
 
+    def check_files(self, folder: Path, blocks: int) -> None:
+        """Raise CheckpointError if the folder of a model with so many blocks is damaged or incomplete."""
+        check_files(folder, self.spec, blocks)
+
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for ``layer``; None leaves it to vLLM. Raises UnsupportedError."""
         if not self._announced:
@@ -113,7 +119,7 @@ class FlatQuantConfig(QuantizationConfig):
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         site = site_of(prefix)
-        ignored = self._ignored_parts(prefix, site)
+        ignored = ignored_parts(self.spec, prefix)
         if not ignored and site is not None:
             return FlatQuantLinearMethod(self.spec, site, self.backend.name)
         if site is not None and len(ignored) < len(site.parts):
@@ -128,14 +134,3 @@ class FlatQuantConfig(QuantizationConfig):
                 "use a supported model (Llama, Mistral, Qwen2, Qwen3) or list the layer in ignore"
             )
         return UnquantizedLinearMethod()
-
-    def _ignored_parts(self, prefix: str, site: Site | None) -> list[str]:
-        """The parts of the module ``prefix`` that ``ignore`` names, itself or through a parent module."""
-        parent, _, last = prefix.rpartition(".")
-        parts = site.parts if site is not None else (last,)
-        names = {part: f"{parent}.{part}" if parent else part for part in parts}
-        return [
-            part
-            for part, name in names.items()
-            if any(f"{name}.".startswith(f"{skip}.") for skip in self.spec.ignore)
-        ]

@@ -18,7 +18,7 @@ from ._compat import (
 from .backend import LayerShape, make_runtime
 from .errors import CheckpointError, UnsupportedError
 from .loading import ExpectedTensors
-from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name
+from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, site_parameters
 from .spec import FlatQuantSpec
 
 
@@ -31,29 +31,27 @@ def factor_shapes(
     CheckpointError if the spec's sizes do not fit.
     """
     shards = spec.shards if site.row_parallel else 1
-    shapes: dict[str, tuple[int, ...]] = {}
-    if site.name == "o":
-        head = spec.sites.o
-        if head is not None:
-            shapes["transform_left"] = (shards, head, head)
-        fits = inputs % (shards * (head or 1)) == 0
-        given = f"shards={shards}, sites.o={head}"
+    sizes = getattr(spec.sites, site.name)
+    if sizes is None:
+        left, right = 1, 1
+        fits = inputs % shards == 0
+    elif site.name == "o":
+        left, right = sizes, 1
+        fits = inputs % (shards * left) == 0
     else:
-        factors = getattr(spec.sites, site.name)
-        if factors is not None:
-            shapes["transform_left"] = (shards, factors.left, factors.left)
-            shapes["transform_right"] = (shards, factors.right, factors.right)
-        width = factors.left * factors.right if factors is not None else inputs // shards
-        fits = shards * width == inputs
-        given = f"shards={shards}, sites.{site.name}={factors}"
+        left, right = sizes.left, sizes.right
+        fits = shards * left * right == inputs
     if not fits:
         raise CheckpointError(
-            f"{layer} has {inputs} inputs, which quantization_config ({given}) does not fit; "
-            "config.json was changed, quantize the model again"
+            f"{layer} has {inputs} inputs, which quantization_config (shards={shards}, "
+            f"sites.{site.name}={sizes}) does not fit; config.json was changed, quantize the model again"
         )
-    if spec.activations.bits < 16:
-        shapes["transform_clip"] = (shards,)
-    return shapes
+    shapes = {
+        "transform_left": (shards, left, left),
+        "transform_right": (shards, right, right),
+        "transform_clip": (shards,),
+    }
+    return {name: shapes[name] for name in site_parameters(spec, site)}
 
 
 @register_weight_loader_v2_supported_method

@@ -6,6 +6,8 @@ vLLM fuses q/k/v and gate/up into one module each, and that module's input is a 
 import re
 from dataclasses import dataclass
 
+from .spec import FlatQuantSpec
+
 
 @dataclass(frozen=True)
 class Site:
@@ -58,6 +60,48 @@ def factor_name(site: Site, parameter: str) -> str:
     """Name in the checkpoint, below the block's sub-module, of a linear module's transform parameter."""
     last = FACTOR_NAMES[parameter]
     return f"{site.name}_transform.{'head' if (site.name, last) == ('o', 'left') else last}"
+
+
+def site_parameters(spec: FlatQuantSpec, site: Site) -> list[str]:
+    """The transform parameters that a linear module of ``site`` has."""
+    names = []
+    if getattr(spec.sites, site.name) is not None:
+        names += ["transform_left"] if site.name == "o" else ["transform_left", "transform_right"]
+    if spec.activations.bits < 16:
+        names.append("transform_clip")
+    return names
+
+
+def attention_parameters(spec: FlatQuantSpec) -> list[str]:
+    """The parameters that an attention module has for its KV cache."""
+    quantized = {"k": spec.kv.k_bits < 16, "v": spec.kv.v_bits < 16}
+    return [name for name in ATTENTION_NAMES if quantized[name[0]]]
+
+
+def ignored_parts(spec: FlatQuantSpec, prefix: str) -> list[str]:
+    """The checkpoint's parts of the module ``prefix`` that ``ignore`` names, itself or by a parent."""
+    site = site_of(prefix)
+    parts = site.parts if site is not None else (prefix.rpartition(".")[2],)
+    names = {part: checkpoint_name(prefix, part).removeprefix(".") for part in parts}
+    return [
+        part
+        for part, name in names.items()
+        if any(f"{name}.".startswith(f"{skip}.") for skip in spec.ignore)
+    ]
+
+
+def block_tensors(spec: FlatQuantSpec, block: str) -> list[str]:
+    """Names of the tensors, biases aside, that the quantized modules of ``block`` (a prefix) must have."""
+    names = []
+    for site in SITES:
+        prefix = f"{block}.{site.module}"
+        if ignored_parts(spec, prefix):
+            continue
+        kinds = [f"{part}.{kind}" for part in site.parts for kind in ("weight_packed", "weight_scale")]
+        kinds += [factor_name(site, parameter) for parameter in site_parameters(spec, site)]
+        names += [checkpoint_name(prefix, kind) for kind in kinds]
+    kv = [ATTENTION_NAMES[parameter] for parameter in attention_parameters(spec)]
+    return names + [f"{block}.self_attn.{name}" for name in kv]
 
 
 def rename_rules() -> dict[re.Pattern[str], str]:

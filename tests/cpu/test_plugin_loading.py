@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from vllm_flatquant.config import FlatQuantConfig
 from vllm_flatquant.errors import CheckpointError, UnsupportedError
 
 from .tiny_checkpoint import Recipe, write_checkpoint
-from .vllm_model import load_model
+from .vllm_model import engine_config, load_model
 
 QUANTIZED = Recipe("Qwen2", k_bits=4, v_bits=4, shards=2)
 ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
@@ -34,14 +36,57 @@ NAMES = [
 ]
 
 
+@pytest.fixture
+def no_check_of_files(monkeypatch):
+    """Leave everything to the loader, as for a model that is not a local folder."""
+    monkeypatch.setattr(FlatQuantConfig, "check_files", lambda *_: None)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_missing_tensor_is_named(tmp_path, name):
+def test_loader_names_missing_tensor(tmp_path, name, no_check_of_files):
     write_checkpoint(tmp_path, QUANTIZED, **{name: None})
     with pytest.raises(CheckpointError, match=f"the checkpoint lacks {name};"):
         load_model(tmp_path)
 
 
-def test_all_missing_tensors_of_a_layer_are_named(tmp_path):
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("bias")])
+def test_missing_tensor_is_named_before_the_engine_starts(tmp_path, name):
+    write_checkpoint(tmp_path, QUANTIZED, **{name: None})
+    with pytest.raises(CheckpointError, match=f"{tmp_path} lacks {name}; download it again"):
+        engine_config(tmp_path)
+
+
+def test_damaged_files_are_named_before_the_engine_starts(tmp_path):
+    write_checkpoint(tmp_path, QUANTIZED)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:100], b""):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match="model.safetensors cannot be read"):
+            engine_config(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match="has no safetensors files"):
+        engine_config(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "model-1.safetensors"}}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="model-1.safetensors is missing"):
+        engine_config(tmp_path)
+    index.write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="index.json is damaged"):
+        engine_config(tmp_path)
+
+
+def test_files_outside_the_index_are_not_weights(tmp_path):
+    # golden.safetensors, for one; vLLM would load it as well if there were no index.
+    tensors = write_checkpoint(tmp_path, QUANTIZED)
+    save_file({"input_ids": torch.arange(4)}, tmp_path / "golden.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    layer = load_model(tmp_path).model.layers[0].mlp.down_proj
+    assert torch.equal(layer.transform_clip, tensors["model.layers.0.mlp.down_transform.clip"])
+
+
+def test_all_missing_tensors_of_a_layer_are_named(tmp_path, no_check_of_files):
     names = [f"{MLP}.down_transform.left", f"{MLP}.down_transform.clip"]
     write_checkpoint(tmp_path, QUANTIZED, **dict.fromkeys(names))
     with pytest.raises(CheckpointError, match=f"{names[0]}, {names[1]}"):
