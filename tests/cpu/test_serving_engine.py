@@ -1,10 +1,12 @@
 """The vLLM engine, end to end on the CPU, against the checkpoint run by Transformers and the references.
 
-Two engine starts: one with the compiler, as users run it, one with two tensor-parallel ranks.
+Two engine starts: one with the compiler, as users run it (where a C++ compiler is to be had), one with two
+tensor-parallel ranks.
 """
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -52,7 +54,8 @@ def run_engine(checkpoint, prompts, out, *arguments):
 @pytest.fixture(scope="module")
 def served(checkpoint, prompts, tmp_path_factory):
     """The engine's answers on one rank, and its log."""
-    return run_engine(checkpoint, prompts, tmp_path_factory.mktemp("one") / "out.json")
+    eager = [] if shutil.which("g++") else ["--enforce-eager"]
+    return run_engine(checkpoint, prompts, tmp_path_factory.mktemp("one") / "out.json", *eager)
 
 
 def reference_logprobs(checkpoint, ids):
