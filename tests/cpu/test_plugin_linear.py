@@ -1,7 +1,6 @@
 """FlatQuantLinearMethod in real vLLM models, against the reference functions on the checkpoint's tensors."""
 
 import gc
-import shutil
 
 import pytest
 import torch
@@ -14,7 +13,15 @@ from vllm_flatquant.kernels.quantize import dequantize_weight_ref
 from vllm_flatquant.kernels.w4_gemm import w4_gemm_ref
 from vllm_flatquant.sites import SITES
 
-from .tiny_checkpoint import Recipe, random_model, write_checkpoint
+from .tiny_checkpoint import (
+    HEAD_DIM,
+    HEADS,
+    INTERMEDIATE,
+    KV_HEADS,
+    Recipe,
+    random_model,
+    write_checkpoint,
+)
 from .vllm_model import load_model, tensor_parallel
 
 SCHEMES = {"w4a4": (4, None), "w4a8": (8, None), "w4a16": (16, None), "w4a16-g32": (16, 32)}
@@ -126,28 +133,48 @@ def test_token_counts_do_not_change_results(tmp_path):
 @pytest.mark.parametrize("bits", [4, 16])
 @pytest.mark.parametrize("size", [2, 4])
 def test_tensor_parallel_ranks_add_up(tmp_path, size, bits):
-    """Each rank loads its own blocks; the ranks' outputs concatenate or add up to the whole layer's."""
-    recipe = Recipe(bits=bits, shards=4, dtype=torch.float32)
-    write_checkpoint(tmp_path, recipe)
+    """Each rank loads its own part; the ranks' outputs concatenate or add up to the whole layer's."""
+    write_checkpoint(tmp_path, Recipe("Qwen2", bits=bits, shards=4))
     whole = load_model(tmp_path).model.layers[0]
     ranks = []
     for rank in range(size):
         with tensor_parallel(rank, size):
             ranks.append(load_model(tmp_path).model.layers[0])
-    x = torch.randn(7, 96)
-    gate_up = [block.mlp.gate_up_proj(x)[0] for block in ranks]
-    halves = [torch.cat([part.chunk(2, -1)[i] for part in gate_up], -1) for i in range(2)]
-    torch.testing.assert_close(torch.cat(halves, -1), whole.mlp.gate_up_proj(x)[0], rtol=0, atol=1e-6)
+    x = torch.randn(7, 128)
+
+    def split(block, module, parts):
+        return block.get_submodule(module)(x)[0].split(parts, -1)
+
+    widths = [HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM, KV_HEADS * HEAD_DIM]
+    local = [
+        max(n // size, HEAD_DIM) for n in widths
+    ]  # with more ranks than KV heads, they are replicated
+    expected = split(whole, "self_attn.qkv_proj", widths)
+    for rank, block in enumerate(ranks):
+        for part, result in enumerate(split(block, "self_attn.qkv_proj", local)):
+            pieces = expected[part].split(local[part], -1)
+            torch.testing.assert_close(result, pieces[rank * len(pieces) // size], rtol=0, atol=1e-5)
+    for part, result in enumerate(split(whole, "mlp.gate_up_proj", INTERMEDIATE)):
+        pieces = [split(block, "mlp.gate_up_proj", INTERMEDIATE // size)[part] for block in ranks]
+        torch.testing.assert_close(torch.cat(pieces, -1), result, rtol=0, atol=1e-5)
     for name in ("self_attn.o_proj", "mlp.down_proj"):
         layer = whole.get_submodule(name)
         x = torch.randn(7, layer.input_size)
         parts = x.chunk(size, -1)
-        methods = [block.get_submodule(name) for block in ranks]
-        total = sum(m.quant_method.apply(m, part, None) for m, part in zip(methods, parts, strict=True))
+        layers = [block.get_submodule(name) for block in ranks]
+        total = sum(
+            one.quant_method.apply(one, part, None) for one, part in zip(layers, parts, strict=True)
+        )
         torch.testing.assert_close(total, layer(x)[0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of PyTorch needs a C++ compiler")
+def test_tied_embeddings(tmp_path):
+    recipe = Recipe(config={"tie_word_embeddings": True})
+    write_checkpoint(tmp_path, recipe, **{"lm_head.weight": None})
+    model = load_model(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 def test_compiled_layer_keeps_every_rounding_point(tmp_path):
     # Left to itself the compiler fuses the 16-bit rounding between two products away.
     write_checkpoint(tmp_path, Recipe(bits=8, shards=2, dtype=torch.bfloat16))
