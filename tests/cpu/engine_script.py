@@ -22,6 +22,10 @@ def main() -> None:
 
     from vllm import LLM, SamplingParams
 
+    import vllm_flatquant
+
+    vllm_flatquant.register()  # vLLM does this itself where the package is installed
+
     llm = LLM(
         model=arguments.folder,
         tensor_parallel_size=arguments.tensor_parallel_size,

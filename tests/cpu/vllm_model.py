@@ -42,8 +42,8 @@ def engine_config(folder: Path, **options: Any) -> Any:
     return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
-def load_model(folder: Path, **options: Any) -> nn.Module:
-    """The vLLM model in ``folder`` with its weights loaded and processed."""
+def load_model(folder: Path, device: str = "cpu", **options: Any) -> nn.Module:
+    """The vLLM model in ``folder`` on ``device`` with its weights loaded and processed."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
@@ -52,9 +52,10 @@ def load_model(folder: Path, **options: Any) -> nn.Module:
     config = engine_config(folder, **options)
     start_single_process()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
-        model = initialize_model(config)
+        with torch.device(device):
+            model = initialize_model(config)
         get_model_loader(config.load_config).load_weights(model, config.model_config)
-        process_weights_after_loading(model, config.model_config, torch.device("cpu"))
+        process_weights_after_loading(model, config.model_config, torch.device(device))
     return model.eval()
 
 
