@@ -1,0 +1,83 @@
+"""The kernels compile for every card they promise, without one: sm_80, sm_89 and sm_90.
+
+What is checked in the machine code: integer tensor-core instructions are used, unpacked weights go straight
+from registers to them, and nothing spills.
+"""
+
+import re
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_flatquant.kernels.jit import INTERPRET
+from vllm_flatquant.kernels.kron import _kron_kernel
+from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
+from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_quant_kernel
+from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_quant_kernel
+from vllm_flatquant.kernels.w4_gemm import _w4_gemm_kernel
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
+
+POINTERS = {
+    "x_ptr": "bf16", "residual_ptr": "bf16", "weight_ptr": "bf16", "total_ptr": "bf16", "l_ptr": "bf16",
+    "r_ptr": "bf16", "y_ptr": "bf16", "z_ptr": "bf16", "bias_ptr": "bf16", "codes_ptr": "i8", "w_ptr": "i8",
+    "clip_ptr": "fp32", "scale_ptr": "fp32", "x_scale_ptr": "fp32", "w_scale_ptr": "fp32",
+}  # fmt: skip
+
+
+def compiled(kernel, arch: int, warps: int, stages: int, types: dict | None = None, **meta):
+    """The compiled kernel, for bf16 inputs whose sizes are multiples of 16."""
+    pointers = {name: "*" + (types or {}).get(name, kind) for name, kind in POINTERS.items()}
+    scalars = {"eps": "fp32"}
+    signature = {
+        name: "constexpr" if name in meta else pointers.get(name, scalars.get(name, "i32"))
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if signature[name] != "constexpr" and name not in ("t", "shard_blocks", "eps")
+    }
+    source = ASTSource(kernel, signature, meta, aligned)
+    return triton.compile(
+        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages)
+    )
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("bm,bn,warps,kb,shards", [(16, 32, 2, 2, 1), (64, 64, 4, 2, 1), (64, 64, 4, 1, 4)])
+def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) -> None:
+    hopper = arch == 90
+    kernel = compiled(
+        _w4_gemm_kernel, arch, warps, 3, {"x_ptr": "i8"}, S=shards, HAS_BIAS=True, EVEN=True, BM=bm, BN=bn, KB=kb,
+        GROUP=8, PREFETCH=8 if hopper else 0, PDL=hopper, ASM=True, THREADS=32 * warps,
+    )  # fmt: skip
+    ptx = kernel.asm["ptx"]
+    product = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if hopper and bn >= 64 else r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+    assert re.search(product, ptx)
+    assert "cp.async" in ptx
+    assert (".local" in ptx) is False
+    assert ("griddepcontrol" in ptx) == hopper
+
+
+TRANSFORMS = [
+    (_kron_kernel, {}),
+    (_kron_quant_kernel, {"QMAX": 7}),
+    (_rmsnorm_kron_quant_kernel, {"QMAX": 7, "RESIDUAL": True}),
+    (_silu_mul_kron_quant_kernel, {"QMAX": 7}),
+]
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("kernel,meta", TRANSFORMS, ids=lambda value: getattr(value, "__name__", ""))
+def test_transforms(arch: int, kernel, meta: dict) -> None:
+    hopper = arch == 90
+    ptx = compiled(
+        kernel, arch, 4, 2, A=64, B=64, L=True, R=True, WIDE=False, PDL=hopper, AHEAD=hopper, THREADS=128,
+        ASM=True, **meta,
+    ).asm["ptx"]  # fmt: skip
+    assert re.search(r"wgmma\.mma_async\S*bf16" if hopper else r"mma\.sync\S*bf16", ptx)
+    assert ".local" not in ptx

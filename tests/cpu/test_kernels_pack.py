@@ -1,0 +1,47 @@
+"""Packing for the disk and for the GEMM: exact inverses, for every size."""
+
+import pytest
+import torch
+
+from vllm_flatquant.kernels.pack import KBLOCK, pack_device, pack_int4, unpack_device, unpack_int4
+
+
+@pytest.mark.parametrize("n,k", [(1, 2), (3, 10), (16, 4096)])
+def test_pack_int4_is_its_own_inverse(n: int, k: int) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    packed = pack_int4(codes)
+    assert packed.shape == (n, k // 2) and packed.dtype == torch.uint8
+    assert torch.equal(unpack_int4(packed), codes)
+
+
+def test_pack_int4_refuses_an_odd_width() -> None:
+    with pytest.raises(ValueError, match="even"):
+        pack_int4(torch.zeros(2, 3, dtype=torch.int8))
+
+
+@pytest.mark.parametrize(
+    "n,k,shards", [(1, 128, 1), (5, 384, 1), (7, 100, 1), (3, 1408, 4), (2, 25600, 8), (16, 14336, 2), (4, 1, 1)]
+)
+def test_pack_device_is_its_own_inverse(n: int, k: int, shards: int) -> None:
+    codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    packed = pack_device(codes, shards)
+    assert packed.shape == (shards * -(-(k // shards) // KBLOCK), n, KBLOCK // 2)
+    assert packed.dtype == torch.uint8 and packed.is_contiguous()
+    assert torch.equal(unpack_device(packed, k, shards), codes)
+
+
+def test_pack_device_layout() -> None:
+    """Byte j of row n in a block: column j in the low nibble, column j + 64 in the high one; zeros pad."""
+    codes = torch.randint(-8, 8, (3, 200), dtype=torch.int8)
+    packed = pack_device(codes).int()
+    columns = codes.int() & 0xF
+    for block, n, j in [(0, 0, 0), (0, 2, 63), (1, 1, 5), (1, 2, 63)]:
+        low, high = block * 128 + j, block * 128 + j + 64
+        want = columns[n, low] | ((columns[n, high] << 4) if high < 200 else 0)
+        assert packed[block, n, j] == want
+    assert (packed[1, :, 72 - 64 :] >> 4 == 0).all()
+
+
+def test_pack_device_names_the_shards_that_do_not_divide() -> None:
+    with pytest.raises(ValueError, match="3 shards"):
+        pack_device(torch.zeros(2, 128, dtype=torch.int8), 3)
