@@ -99,12 +99,13 @@ def _warm_up(
     """
     factors = [None if f is None else f.shape for f in (layer.transform_left, layer.transform_right)]
     device = next(layer.parameters()).device
-    key = (type(runtime), key, *factors, dtype, str(device))
+    bias = getattr(layer, "bias", None)
+    key = (type(runtime), key, *factors, bias is None, dtype, str(device))
     if key in _warmed:
         return
     _warmed.add(key)
     for count in [n for n in BUCKETS if n <= tokens] or [1]:
-        runtime.apply(layer, torch.zeros(count, inputs, dtype=dtype, device=device), None)
+        runtime.apply(layer, torch.zeros(count, inputs, dtype=dtype, device=device), bias)
 
 
 class IntegerTorch:

@@ -14,7 +14,7 @@ from vllm_flatquant.sites import SITES, factor_name, rename_rules, site_of
 from vllm_flatquant.spec import SpecError
 
 from .tiny_checkpoint import Recipe, checkpoint_tensors, random_model, write_checkpoint
-from .vllm_model import engine_config
+from .vllm_model import engine_config, load_model
 
 PLAIN = Deployment(1, 1, False, "auto", "auto")
 
@@ -107,6 +107,15 @@ def test_checkpoint_is_detected_with_and_without_the_flag(tmp_path, flag):
     found = engine_config(tmp_path, quantization=flag).quant_config
     assert isinstance(found, FlatQuantConfig)
     assert found.spec.scheme == "w4a8" and found.spec.shards == 2
+
+
+def test_plain_model_takes_a_spec_by_override_for_dummy_weights(tmp_path):
+    # How a benchmark selects the method without a checkpoint.
+    write_checkpoint(tmp_path, Recipe())
+    edit_config(tmp_path, quantization_config=None)
+    overrides = {"quantization_config": Recipe(bits=8).quantization_config()}
+    model = load_model(tmp_path, load_format="dummy", hf_overrides=overrides)
+    assert model.model.layers[0].mlp.down_proj.weight_codes.dtype == torch.int8
 
 
 def test_options_are_checked_before_the_engine_starts(tmp_path):

@@ -1,10 +1,15 @@
 """The package's shape: light to import, and harmless to Transformers."""
 
+import importlib.metadata
+import logging
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import vllm_flatquant
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,3 +58,20 @@ print(quantization.get_quantization_config("flatquant").__name__,
       torch.cuda.is_initialized())
 """
     assert run_python(code).splitlines()[-1] == "FlatQuantConfig 1 1 False False"
+
+
+def test_unknown_vllm_is_a_warning_and_not_an_error(monkeypatch, caplog):
+    # As if a vLLM from the future had moved something that _compat imports.
+    monkeypatch.setitem(sys.modules, "vllm_flatquant._compat", None)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    vllm_flatquant.register()
+    assert f"works with vLLM {vllm_flatquant.VLLM_VERSIONS}; not registered" in caplog.text
+
+
+def test_stub_gives_the_cpu_build_the_name_that_the_command_wants(tmp_path):
+    stub = runpy.run_path(str(ROOT / ".ci" / "cpu_vllm_stub.py"))
+    folder = stub["write_stub"](tmp_path, "0.32.0+cpu")
+    assert {file.name for file in folder.iterdir()} == {"METADATA", "INSTALLER", "RECORD"}
+    (found,) = importlib.metadata.distributions(name="vllm", path=[str(tmp_path)])
+    assert found.version == "0.32.0+cpu"
+    assert all((tmp_path / file).is_file() for file in found.files)
