@@ -115,7 +115,8 @@ def check_cache_dtype(spec: FlatQuantSpec, cache_dtype: str) -> None:
             f"--kv-cache-dtype {cache_dtype} would quantize a second time what this checkpoint already "
             f"quantizes (K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits); leave it at auto"
         )
-    if _compat.is_cpu() and cache_dtype not in _PLAIN_CACHES:
+    # vLLM's CPU attention takes these silently and returns garbage; fp8 works there.
+    if _compat.is_cpu() and cache_dtype not in (*_PLAIN_CACHES, "fp8", "fp8_e4m3", "fp8_e5m2"):
         raise UnsupportedError(
             f"--kv-cache-dtype {cache_dtype} gives wrong results on vLLM's CPU backend; leave it at auto"
         )

@@ -46,7 +46,6 @@ def edit_config(folder, **changes):
         ({"shards": 2}, {"tensor_parallel": 4}, "use one of 1, 2, or quantize again with --shards 4"),
         ({"k_bits": 8}, {"kv_cache_dtype": "fp8"}, r"already quantizes \(K 8 bits, V 16 bits\)"),
         ({}, {"kv_cache_dtype": "int8_per_token_head"}, "wrong results on vLLM's CPU backend"),
-        ({}, {"kv_cache_dtype": "fp8"}, "wrong results on vLLM's CPU backend"),
     ],
 )
 def test_deployment_is_refused_with_the_fix(recipe, changes, match):
@@ -61,17 +60,18 @@ def test_deployment_is_refused_with_the_fix(recipe, changes, match):
         ({"shards": 4}, {"tensor_parallel": 2}),
         ({"shards": 4}, {"tensor_parallel": 4}),
         ({"k_bits": 4, "v_bits": 4}, {"kv_cache_dtype": "bfloat16"}),
+        ({}, {"kv_cache_dtype": "fp8"}),
     ],
 )
 def test_deployment_is_accepted(recipe, changes):
     config(**recipe).check_deployment(options(**changes))
 
 
-def test_fp8_cache_is_left_to_the_user_where_vllm_supports_it(monkeypatch):
+def test_other_caches_are_left_to_vllm_off_the_cpu(monkeypatch):
     monkeypatch.setattr(_compat, "is_cpu", lambda: False)
-    config().check_deployment(options(kv_cache_dtype="fp8"))
+    config().check_deployment(options(kv_cache_dtype="int8_per_token_head"))
     with pytest.raises(UnsupportedError, match="a second time"):
-        config(k_bits=4, v_bits=4).check_deployment(options(kv_cache_dtype="fp8"))
+        config(k_bits=4, v_bits=4).check_deployment(options(kv_cache_dtype="int8_per_token_head"))
 
 
 def test_unquantized_model_with_the_flag_is_explained(tmp_path):
