@@ -7,15 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_flatquant import _compat, backend
+from vllm_flatquant import _compat, backend, config
 from vllm_flatquant.errors import UnsupportedError
 from vllm_flatquant.kernels.kron import kron_ref
 from vllm_flatquant.kernels.pack import pack_int4, unpack_int4
 from vllm_flatquant.kernels.quantize import dequantize_weight_ref
+from vllm_flatquant.sites import SITES
 from vllm_flatquant.spec import parse_spec
 
-from .tiny_checkpoint import Recipe, random_factor
-from .vllm_model import start_single_process
+from .tiny_checkpoint import Recipe, random_factor, write_checkpoint
+from .vllm_model import load_model, start_single_process
 
 SHAPE = backend.LayerShape(256, 128, 256, 128)
 
@@ -130,3 +131,23 @@ def test_weight_only_kernel_layout_bit_by_bit():
     nibbles = (words.unsqueeze(-1) >> (4 * torch.arange(8))) & 0xF
     assert torch.equal(nibbles.flatten(1) - 8, codes.to(torch.int64))
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 8, 16])
+def test_models_on_the_gpu_backend_equal_the_torch_backend(tmp_path, monkeypatch, bits):
+    recipe = Recipe(
+        "Qwen2", bits=bits, group_size=32 if bits == 16 else None, shards=2, dtype=torch.bfloat16
+    )
+    write_checkpoint(tmp_path, recipe)
+    blocks = []
+    for name in ("torch", "triton"):
+        monkeypatch.setattr(config, "choose_backend", lambda _, name=name: backend.Choice(name, "test"))
+        blocks.append(load_model(tmp_path).model.layers[0])
+    for site in SITES:
+        layers = [block.get_submodule(site.module) for block in blocks]
+        x = torch.randn(5, layers[0].input_size).bfloat16()
+        expected, actual = (layer(x)[0] for layer in layers)
+        if bits < 16:
+            assert torch.equal(actual, expected)
+        error = (actual.float() - expected.float()).norm() / expected.float().norm()
+        assert error < 0.01
