@@ -11,6 +11,8 @@ One program owns one shard and walks over tokens, so the factors stay on chip; a
 and ``L^T`` comes first in the second product, so that nothing is ever transposed and codes keep their order.
 """
 
+import logging
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -54,6 +56,23 @@ def transform(x, left_t, right, L: tl.constexpr, R: tl.constexpr, WIDE: tl.const
     return y.to(tl.float32)
 
 
+@triton.jit
+def prefetch(ptr, token, t, stride, size, AHEAD: tl.constexpr, THREADS: tl.constexpr):
+    """Ask L2 for ``size`` elements of row ``token``, if there is such a row: one instruction of one thread."""
+    if AHEAD:
+        lane = tl.arange(0, THREADS)
+        width: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        start = lane.to(tl.int64) * 0 + token * tl.cast(stride, tl.int64)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r",
+            [ptr + start, tl.where((lane == 0) & (token < t), size * width, 0)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
 @triton.jit(do_not_specialize=["t"])
 def _kron_kernel(
     x_ptr,  # [T, K], rows stride_x apart
@@ -70,6 +89,9 @@ def _kron_kernel(
     R: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     shard, shards = tl.program_id(1), tl.num_programs(1)
     left_t, right = load_factors(l_ptr, r_ptr, shard, a, b, A, B, L, R, x_ptr.dtype.element_ty)
@@ -80,6 +102,8 @@ def _kron_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        later = token + tl.num_programs(0)
+        prefetch(x_ptr + shard * a * b, later, t, stride_x, a * b, AHEAD, THREADS)
         x = tl.load(x_ptr + token * tl.cast(stride_x, tl.int64) + at, mask=inside, other=0.0)
         z = transform(x, left_t, right, L, R, WIDE)
         tl.store(z_ptr + token * tl.cast(shards * a * b, tl.int64) + at, z.to(x.dtype), mask=inside)
@@ -111,18 +135,47 @@ def plan(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: i
     size_a, size_b = (max(least, triton.next_power_of_2(n)) for n in (a, b))
     area = size_a * size_b
     warps = 16 if area > 32768 else 8 if area > 8192 else 4 if area > 1024 else 2
-    programs = x.shape[0]
+    programs, few = x.shape[0], True
     if x.device.type == "cuda":
         sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        programs = min(programs, -(-sms * max(1, min(4, 32768 // area)) // shards))
+        few = programs * shards <= sms
+        programs = min(programs, -(-sms * max(1, min(16, 65536 // area)) // shards))
     on_hopper = hopper(x.device)
-    meta: dict[str, object] = dict(
-        A=size_a, B=size_b, L=left is not None, R=right is not None,
-        WIDE=INTERPRET or x.dtype == torch.float32, PDL=on_hopper, num_warps=warps, num_stages=2,
-    )  # fmt: skip
+    step = 16 // x.element_size()
+    aligned = a * b % step == 0 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
+    meta: dict[str, object] = {
+        "A": size_a, "B": size_b, "L": left is not None, "R": right is not None,
+        "WIDE": INTERPRET or x.dtype == torch.float32, "PDL": on_hopper, "AHEAD": on_hopper and aligned and not few,
+        "THREADS": 32 * warps, "ASM": not INTERPRET, "num_warps": warps, "num_stages": 2 if few else 1,
+    }  # fmt: skip
     if on_hopper:
         meta["launch_pdl"] = True
+        if 8192 < area <= 16384 and not few:
+            meta["maxnreg"] = 128  # two programs on an SM: one computes while the other loads
     return Plan(a, b, meta, (programs, shards))
+
+
+def fused(k: int, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
+    """Whether one token's tile and its factors fit on chip; says so once where they do not.
+
+    Sizes are padded to powers of two; 128 x 256 is the largest tile. The launchers then run the reference
+    instead, which is exact and slow: a transform in more shards avoids it.
+    """
+    if left is None and right is None:
+        return True
+    _, a, b = factor_sizes(k, left, right)
+    if triton.next_power_of_2(a) * triton.next_power_of_2(b) <= 2**15:
+        return True
+    _say_slow(k, shards, a, b)
+    return False
+
+
+@cache
+def _say_slow(k: int, shards: int, a: int, b: int) -> None:
+    logging.getLogger(__name__).warning(
+        "flatquant: no fused kernel for a transform of %d columns in %d shard(s) of %d x %d: its PyTorch "
+        "reference runs instead, slowly. Calibrate with more shards to avoid this.", k, shards, a, b
+    )  # fmt: skip
 
 
 def rows(x: Tensor) -> Tensor:
@@ -136,6 +189,8 @@ def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     t, k = x.shape
     some = left if left is not None else right
     assert some is not None
+    if not fused(k, left, right, some.shape[0]):
+        return kron_ref(x, left, right)
     p = plan(x, k, left, right, some.shape[0])
     out = torch.empty(t, k, dtype=x.dtype, device=x.device)
     if t:

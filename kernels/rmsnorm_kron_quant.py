@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .jit import register, tl, triton
-from .kron import load_factors, plan, rows, transform
+from .kron import fused, load_factors, plan, prefetch, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
@@ -40,6 +40,9 @@ def _rmsnorm_kron_quant_kernel(
     R: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
+    AHEAD: tl.constexpr,
+    THREADS: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     left_t, right = load_factors(l_ptr, r_ptr, 0, a, b, A, B, L, R, x_ptr.dtype.element_ty)
     clip = tl.load(clip_ptr)
@@ -51,16 +54,27 @@ def _rmsnorm_kron_quant_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     for token in range(tl.program_id(0), t, tl.num_programs(0)):
+        later = token + tl.num_programs(0)
+        prefetch(x_ptr, later, t, stride_x, a * b, AHEAD, THREADS)
         total = tl.load(x_ptr + token * tl.cast(stride_x, tl.int64) + at, mask=inside, other=0.0)
         dtype: tl.constexpr = total.dtype
         if RESIDUAL:
-            residual = tl.load(residual_ptr + token * tl.cast(stride_r, tl.int64) + at, mask=inside, other=0.0)
+            prefetch(residual_ptr, later, t, stride_r, a * b, AHEAD, THREADS)
+            residual = tl.load(
+                residual_ptr + token * tl.cast(stride_r, tl.int64) + at, mask=inside, other=0.0
+            )
             total = (total.to(tl.float32) + residual.to(tl.float32)).to(dtype)
             tl.store(total_ptr + token * tl.cast(a * b, tl.int64) + at, total, mask=inside)
         wide = total.to(tl.float32)
         square = tl.sum(tl.sum(wide * wide, axis=1), axis=0)
         x = (wide * weight.to(tl.float32)).to(dtype)
-        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX)
+        if not WIDE:
+            # An opaque copy: without it the compiler computes x twice, once in the layout of the stores
+            # and once in that of the product's register operand.
+            x = tl.inline_asm_elementwise(
+                "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
+            )
+        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX, ASM)
         tl.store(codes_ptr + token * tl.cast(a * b, tl.int64) + at, codes, mask=inside)
         tl.store(scale_ptr + token, scale * tl.rsqrt(square / (a * b) + eps))
 
@@ -78,11 +92,15 @@ def rmsnorm_kron_quant_triton(
     """The kernel's launch. Shapes as the op: without a residual the third result is empty."""
     x = rows(x)
     t, k = x.shape
+    if not fused(k, left, right, 1):
+        return _rmsnorm_kron_quant_torch(x, residual, norm_weight, eps, left, right, clip, bits)
     p = plan(x, k, left, right, 1)
     codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(t, 1, dtype=torch.float32, device=x.device)
     total = torch.empty((0,) if residual is None else (t, k), dtype=x.dtype, device=x.device)
     added = x if residual is None else rows(residual)
+    if added.stride(0) * x.element_size() % 16 or added.data_ptr() % 16:
+        p.meta["AHEAD"] = False
     if t:
         _rmsnorm_kron_quant_kernel[p.grid](
             x, added, norm_weight, x if left is None else left.contiguous(),
@@ -93,7 +111,7 @@ def rmsnorm_kron_quant_triton(
     return codes, scale, total
 
 
-def _rmsnorm_kron_quant_cpu(
+def _rmsnorm_kron_quant_torch(
     x: Tensor,
     residual: Tensor | None,
     norm_weight: Tensor,
@@ -117,12 +135,15 @@ def _rmsnorm_kron_quant_fake(
     clip: Tensor,
     bits: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scale = x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+    codes, scale = (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty((x.shape[0], 1), dtype=torch.float32),
+    )
     return codes, scale, x.new_empty((0,) if residual is None else x.shape)
 
 
 register(
-    "rmsnorm_kron_quant", rmsnorm_kron_quant_triton, _rmsnorm_kron_quant_cpu, _rmsnorm_kron_quant_fake
+    "rmsnorm_kron_quant", rmsnorm_kron_quant_triton, _rmsnorm_kron_quant_torch, _rmsnorm_kron_quant_fake
 )
 
 

@@ -1,7 +1,10 @@
 """Which tile ``w4_gemm`` uses: a table measured per GPU, and a rule for every shape that is not in it."""
 
+from functools import cache
+from math import log2
 from typing import NamedTuple
 
+from .tile_table import TABLE
 
 BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
@@ -9,10 +12,10 @@ BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 class Tile(NamedTuple):
     """One configuration of ``w4_gemm``: ``bm`` tokens by ``bn`` weight rows.
 
-    ctas: 0 for the plain Triton kernel; else the Hopper kernel, persistent, so many programs on an SM.
     kb: blocks of 128 columns a step. group: token tiles that share a weight tile while it is in L2.
-    prefetch: blocks of weights asked for before the activations are there. The last two steps of the
-    search space, kb and prefetch, mean nothing to the Hopper kernel.
+    prefetch: blocks of weights asked for before the activations are there (plain kernel). ctas: 0 for the
+    plain Triton kernel; else the Hopper kernel, persistent, so many programs on an SM. split: programs that
+    share a tile, each a part of K (Hopper kernel).
     """
 
     bm: int
@@ -23,8 +26,66 @@ class Tile(NamedTuple):
     group: int = 8
     prefetch: int = 0
     ctas: int = 0
+    split: int = 1
+
+    def fits(self, n: int, k: int, shards: int) -> bool:
+        """Whether this tile can compute [T, k] x [n, k].
+
+        The plain kernel takes everything. The Hopper kernel loads rows of a multiple of 16 bytes, an even
+        number of whole blocks in every part of K; with several shards it keeps two accumulators.
+        """
+        if not self.ctas:
+            return True
+        whole = n % 8 == 0 and k % (256 * shards * self.split) == 0
+        return whole and (
+            shards == 1 or (self.split == 1 and self.bm * self.bn <= 2**14 * self.warps // 8)
+        )
 
 
-def w4_gemm_tile(gpu: str, t: int, n: int, k: int, shards: int) -> Tile:
-    """The tile for ``t`` tokens and a weight [n, k] on the card named ``gpu``."""
-    return Tile(16, 32, 2, 4, 2)
+PLAIN = {
+    16: Tile(16, 32, 2, 4, 2, 1),
+    32: Tile(32, 64, 4, 4, 2, 1),
+    64: Tile(64, 64, 4, 4, 2),
+    128: Tile(64, 128, 4, 4),
+    8192: Tile(128, 128, 8, 4),
+}
+
+
+def bucket(t: int, buckets: tuple[int, ...] = BUCKETS) -> int:
+    """The smallest of ``buckets`` that holds ``t`` tokens, else the largest."""
+    return next((b for b in buckets if t <= b), buckets[-1])
+
+
+def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) -> Tile:
+    """The tile for ``t`` tokens and a weight [n, k] on the card named ``gpu``.
+
+    A shape in the table gets its own tile. Another one on a Hopper card (``hopper``) gets that of the most
+    similar shape it fits, of its own card or else of the H100; any other card the plain kernel's.
+    """
+    return _tile(gpu, hopper, bucket(t), n, k, shards)
+
+
+@cache
+def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> Tile:
+    if hopper:
+        table = TABLE.get(gpu) or TABLE["NVIDIA H100 80GB HBM3"]
+
+        def distance(shape: tuple[int, int, int]) -> float:
+            return (
+                abs(log2(shape[0] / n)) + abs(log2(shape[1] / k)) + 8 * ((shape[2] > 1) != (shards > 1))
+            )
+
+        for shape in sorted(table, key=distance):
+            rows = table[shape]
+            tile = Tile(*rows[bucket(tokens, tuple(sorted(rows)))])
+            if tile.fits(n, k, shards):
+                return tile
+    return PLAIN[bucket(tokens, tuple(PLAIN))]
+
+
+def warmup_tokens(most: int) -> list[int]:
+    """Numbers of tokens that between them run every kernel variant that up to ``most`` tokens can need.
+
+    Call each op once with each of them at load time; nothing then compiles while serving.
+    """
+    return sorted({min(b, most) for b in BUCKETS} | {most})

@@ -9,6 +9,9 @@ registers and never return to shared memory. A packed byte holds two weights (se
 ``b << 4`` and ``b & 0xF0`` are those weights times 16, sign included, which the scale takes back.
 """
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -36,7 +39,9 @@ def _unpack(packed, ASM: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_rows(w_ptr, pid_n, n, blocks, BN: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr):
+def _prefetch_rows(
+    w_ptr, pid_n, n, blocks, BN: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr
+):
     """Ask L2 for the first BLOCKS pieces of this program's weights, one instruction and one thread each."""
     block = tl.arange(0, THREADS)
     rows = tl.minimum(n - pid_n * BN, BN)
@@ -85,24 +90,28 @@ def _w4_gemm_kernel(
     pid_n = pid % (GROUP * tiles_n) // group
     if PREFETCH > 0:
         _prefetch_rows(w_ptr, pid_n, n, S * shard_blocks, BN, PREFETCH, THREADS)
+    rows = pid_n * BN + tl.arange(0, BN)
+    row_in = tl.minimum(rows, n - 1)
+    # Scales are loaded before the products, or their latency would follow them.
+    w_scale = tl.load(w_scale_ptr + row_in)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-
-    rows = pid_n * BN + tl.arange(0, BN)
-    row_in = tl.minimum(rows, n - 1)
     tokens = pid_m * BM + tl.arange(0, BM)
     token_in = tl.minimum(tokens, t - 1).to(tl.int64)
     step = tl.arange(0, KB * 64)
     block, byte = step // 64, step % 64
     w_ptrs = w_ptr + row_in[:, None].to(tl.int64) * 64 + (block.to(tl.int64) * n * 64 + byte)[None, :]
     x_ptrs = x_ptr + token_in[:, None] * k + (block * 128 + byte)[None, :]
+    x_scale = tl.zeros((BM,), dtype=tl.float32)
+    if S == 1:
+        x_scale = tl.load(x_scale_ptr + token_in)
     width = k // S
     steps = tl.cdiv(shard_blocks, KB)
 
     acc = tl.zeros((BN, BM), dtype=tl.int32)
     total = tl.zeros((BN, BM), dtype=tl.float32)
-    for i in range(0, S * steps):
+    for i in range(S * steps):
         if EVEN:
             w = tl.load(w_ptrs)
             if BM <= 64:  # a masked row costs no traffic, and few tokens mean many of them
@@ -125,19 +134,20 @@ def _w4_gemm_kernel(
         low, high = _unpack(w, ASM)
         acc = tl.dot(low, x_low.T, acc, out_dtype=tl.int32)
         acc = tl.dot(high, x_high.T, acc, out_dtype=tl.int32)
-        if S > 1:
+        if S > 1:  # noqa: SIM102 (known when compiling; the next condition is not)
             if i % steps == steps - 1:
-                x_scale = tl.load(x_scale_ptr + token_in * S + i // steps) * 0.0625
-                total += acc.to(tl.float32) * x_scale[None, :]
+                x_scale = tl.load(x_scale_ptr + token_in * S + i // steps)
+                total += acc.to(tl.float32) * (x_scale * 0.0625)[None, :]
                 acc = tl.zeros((BN, BM), dtype=tl.int32)
     if S == 1:
-        x_scale = tl.load(x_scale_ptr + token_in) * 0.0625
-        total = acc.to(tl.float32) * x_scale[None, :]
-    y = total * tl.load(w_scale_ptr + row_in)[:, None]
+        total = acc.to(tl.float32) * (x_scale * 0.0625)[None, :]
+    y = total * w_scale[:, None]
     if HAS_BIAS:
         y += tl.load(bias_ptr + row_in).to(tl.float32)[:, None]
     y_ptrs = y_ptr + tokens[:, None].to(tl.int64) * n + rows[None, :]
-    tl.store(y_ptrs, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=(tokens < t)[:, None] & (rows < n)[None, :])
+    tl.store(
+        y_ptrs, tl.trans(y.to(y_ptr.dtype.element_ty)), mask=(tokens < t)[:, None] & (rows < n)[None, :]
+    )
 
 
 def w4_gemm_triton(
@@ -166,7 +176,9 @@ def w4_gemm_triton(
     )  # fmt: skip
 
 
-def _check(codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+def _check(
+    codes: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> None:
     """ValueError, naming the shapes, where the arguments of ``w4_gemm`` do not belong together."""
     k, shards, (blocks, n, _) = codes.shape[1], scale.shape[1], weight.shape
     if k % shards or blocks != shards * -(-(k // shards) // KBLOCK):
@@ -192,9 +204,23 @@ def _w4_gemm_cuda(
     out = torch.empty(t, n, dtype=out_dtype, device=codes.device)
     if t:
         codes, scale = codes.contiguous(), scale.contiguous()
-        tile = w4_gemm_tile(torch.cuda.get_device_name(codes.device), t, n, k, scale.shape[1])
+        gpu = torch.cuda.get_device_name(codes.device)
+        tile = w4_gemm_tile(gpu, hopper(codes.device) and _has_gluon(), t, n, k, scale.shape[1])
         launch(codes, scale, weight, weight_scale, bias, out, tile)
     return out
+
+
+@cache
+def _has_gluon() -> bool:
+    """Whether this Triton has what ``w4_gemm_hopper`` needs (3.6 to 3.9 do); says so once if not."""
+    try:
+        from . import w4_gemm_hopper  # noqa: F401
+    except (ImportError, AttributeError) as error:
+        logging.getLogger(__name__).warning(
+            "flatquant: the Hopper GEMM needs another Triton (%s)", error
+        )
+        return False
+    return True
 
 
 def launch(

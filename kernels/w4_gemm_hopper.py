@@ -10,7 +10,6 @@ tile run under the epilogue of this one.
 
 import torch
 from torch import Tensor
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,6 +22,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .tiles import Tile
+
+# Triton 3.6 to 3.9: the names changed, the operations did not.
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -48,79 +52,140 @@ def _tile(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _load(w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n, blocks, GROUP: gl.constexpr):
-    """Producer warp: keep every stage full."""
-    STAGES: gl.constexpr = w_bufs.type.shape[0]
-    BYTES: gl.constexpr = w_desc.block_type.nbytes + x_desc.block_type.nbytes
+def _wait_for_inputs(PDL: gl.constexpr):
+    """Until here nothing that an earlier kernel writes was touched; programmatic dependent launch."""
+    if PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _load(
+    w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n, blocks,
+    SPLIT: gl.constexpr, GROUP: gl.constexpr, KB: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Producer warp: keep every stage full. The first weights are asked for before the activations exist."""
+    STAGES: gl.constexpr = w_bufs.type.shape[0] // KB
+    BYTES: gl.constexpr = (w_desc.block_type.nbytes + x_desc.block_type.nbytes) * KB
     BN: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = x_desc.block_type.shape[0]
+    steps = blocks // (SPLIT * KB)
+    early = min(steps, STAGES)
+    if PDL:
+        tile_m, tile_n = _tile(gl.program_id(0) // SPLIT, tiles_m, tiles_n, GROUP)
+        row = gl.program_id(0) % SPLIT * (steps * KB) * n + tile_n * BN
+        for stage in range(early):
+            bar = ready.index(stage)
+            mbarrier.expect(bar, BYTES)
+            for i in gl.static_range(KB):
+                at = stage * KB + i
+                load_async(w_desc, [row + at * n, 0], bar, w_bufs.index(at))
+    _wait_for_inputs(PDL)
     step = 0
-    for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP)
-        for block in range(0, blocks):
+    for item in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        tile_m, tile_n = _tile(item // SPLIT, tiles_m, tiles_n, GROUP)
+        first = item % SPLIT * steps
+        for block in range(first, first + steps):
             stage = step % STAGES
+            bar = ready.index(stage)
+            late = step >= early if PDL else True
             mbarrier.wait(free.index(stage), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready.index(stage), BYTES)
-            tma.async_copy_global_to_shared(
-                w_desc, [block * n + tile_n * BN, 0], ready.index(stage), w_bufs.index(stage)
-            )
-            tma.async_copy_global_to_shared(
-                x_desc, [tile_m * BM, block * 128], ready.index(stage), x_bufs.index(stage)
-            )
+            mbarrier.expect(bar, BYTES, pred=late)
+            for i in gl.static_range(KB):
+                at = block * KB + i
+                w_to, x_to = w_bufs.index(stage * KB + i), x_bufs.index(stage * KB + i)
+                load_async(w_desc, [at * n + tile_n * BN, 0], bar, w_to, pred=late)
+                load_async(x_desc, [tile_m * BM, at * 128], bar, x_to)
             step += 1
 
 
 @gluon.jit
 def _multiply(
-    w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr, bias_ptr, tiles_m, tiles_n, t, n,
-    shard_blocks, S: gl.constexpr, HAS_BIAS: gl.constexpr, GROUP: gl.constexpr,
+    w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr, bias_ptr, partial_ptr, count_ptr,
+    tiles_m, tiles_n, t, n, blocks, S: gl.constexpr, HAS_BIAS: gl.constexpr, SPLIT: gl.constexpr,
+    GROUP: gl.constexpr, KB: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Consumer warps: unpack into registers, multiply, rescale, write."""
-    STAGES: gl.constexpr = w_bufs.type.shape[0]
+    STAGES: gl.constexpr = w_bufs.type.shape[0] // KB
     BN: gl.constexpr = w_bufs.type.shape[1]
     BM: gl.constexpr = x_bufs.type.shape[1]
-    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, BM, 32])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
+        [3, 0], [gl.num_warps(), 1], [16, min(BM, 128), 32]
+    )
     w_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
+    m = gl.arange(0, BM, gl.SliceLayout(0, acc_layout))
+    r = gl.arange(0, BN, gl.SliceLayout(1, acc_layout))
+    _wait_for_inputs(PDL)
     step = 0
-    for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _tile(index, tiles_m, tiles_n, GROUP)
-        tokens = tile_m * BM + gl.arange(0, BM, gl.SliceLayout(0, acc_layout))
-        rows = tile_n * BN + gl.arange(0, BN, gl.SliceLayout(1, acc_layout))
+    for item in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
+        tile = item // SPLIT
+        tile_m, tile_n = _tile(tile, tiles_m, tiles_n, GROUP)
+        tokens = tile_m * BM + m
+        rows = tile_n * BN + r
+        # Scales that fit in registers are loaded before the products, or their latency would follow them.
+        w_scale = gl.load(w_scale_ptr + rows, mask=rows < n, other=0.0)
+        early_scale = gl.zeros([BM], gl.float32, gl.SliceLayout(0, acc_layout))
+        if S == 1 and BM <= 64:
+            early_scale = gl.load(x_scale_ptr + tokens, mask=tokens < t, other=0.0)
+        acc = gl.zeros([BN, BM], gl.int32, acc_layout)
         total = gl.zeros([BN, BM], gl.float32, acc_layout)
         for s in gl.static_range(S):
-            acc = gl.zeros([BN, BM], gl.int32, acc_layout)
-            for pair in range(0, shard_blocks // 2):
-                for half in gl.static_range(2):  # two steps a trip, so that their registers differ
+            if s > 0:
+                acc = gl.zeros([BN, BM], gl.int32, acc_layout)
+            for pair in range(blocks // (2 * S * SPLIT)):
+                for half in gl.static_range(2):  # two blocks a trip, so that their registers differ
                     stage = step % STAGES
-                    mbarrier.wait(ready.index(stage), step // STAGES & 1)
-                    packed = w_bufs.index(stage).load(w_layout)
+                    buffer = stage * KB + half % KB
+                    if half % KB == 0:
+                        mbarrier.wait(ready.index(stage), step // STAGES & 1)
+                    packed = w_bufs.index(buffer).load(w_layout)
                     low, high = _unpack(packed)
-                    x = x_bufs.index(stage)
+                    x = x_bufs.index(buffer)
                     acc = warpgroup_mma(low, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma(high, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
-                    # The products of the step before are done: its stage may be filled again.
+                    # The products of the block before are done: if it ended a stage, that may be filled again.
                     acc = warpgroup_mma_wait(2, deps=[acc])
-                    last = (step + STAGES - 1) % STAGES
-                    if half == 1:
-                        mbarrier.arrive(free.index(last), count=1)
-                    else:
-                        mbarrier.arrive(free.index(last), count=1, pred=pair > 0)
-                    step += 1
+                    if half % KB == 0:
+                        last = free.index((step + STAGES - 1) % STAGES)
+                        if half == 1:
+                            mbarrier.arrive(last, count=1)
+                        else:
+                            mbarrier.arrive(last, count=1, pred=pair > 0)
+                    if half % KB == KB - 1:
+                        step += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0) * 0.0625
-            total += acc.to(gl.float32) * x_scale[None, :]
-        y = total * gl.load(w_scale_ptr + rows, mask=rows < n, other=0.0)[:, None]
-        if HAS_BIAS:
-            y += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
-        tma.store_wait(0)
-        y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
-        fence_async_shared()
-        tma.async_copy_shared_to_global(y_desc, [tile_m * BM, tile_n * BN], y_buf)
+            if SPLIT == 1:
+                x_scale = early_scale
+                if S > 1 or BM > 64:
+                    x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
+                total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
+        finish = True
+        if SPLIT > 1:  # every program leaves its part; the last to arrive adds them, exact in any order
+            place = (r * BM)[:, None] + m[None, :]
+            gl.store(partial_ptr + item * (BN * BM) + place, acc)
+            barrier()
+            finish = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
+            if finish:
+                acc = gl.zeros([BN, BM], gl.int32, acc_layout)
+                for part in range(SPLIT):
+                    acc += gl.load(partial_ptr + (tile * SPLIT + part) * (BN * BM) + place)
+                gl.store(count_ptr + tile, 0)
+                x_scale = early_scale
+                if BM > 64:
+                    x_scale = gl.load(x_scale_ptr + tokens, mask=tokens < t, other=0.0)
+                total = acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
+        if finish:
+            y = total * w_scale[:, None]
+            if HAS_BIAS:
+                y += gl.load(bias_ptr + rows, mask=rows < n, other=0.0).to(gl.float32)[:, None]
+            tma.store_wait(0)
+            y_buf.permute((1, 0)).store(y.to(y_desc.dtype))
+            fence_async_shared()
+            store_async(y_desc, [tile_m * BM, tile_n * BN], y_buf)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["t", "shard_blocks"])
+@gluon.jit(do_not_specialize=["t", "blocks"])
 def _w4_gemm_hopper_kernel(
     x_desc,  # int8 [T, K]
     w_desc,  # int8 [blocks * N, 64]
@@ -128,32 +193,42 @@ def _w4_gemm_hopper_kernel(
     x_scale_ptr,  # float32 [T, S]
     w_scale_ptr,  # float32 [N]
     bias_ptr,  # [N], or any pointer where HAS_BIAS is false
+    partial_ptr,  # int32 [tiles, SPLIT, BN, BM], uninitialised; any pointer where SPLIT is 1
+    count_ptr,  # int32 [tiles], zero before and after; likewise
     t,
     n,
-    shard_blocks,  # blocks of one shard, an even number
+    blocks,  # a multiple of 2 * S * SPLIT
     S: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    SPLIT: gl.constexpr,  # programs that share a tile, each a part of K; S is 1 then
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
+    KB: gl.constexpr,  # blocks of 128 columns a stage: 1 or 2
+    PDL: gl.constexpr,
 ):
     BN: gl.constexpr = w_desc.block_type.shape[0]
     BM: gl.constexpr = x_desc.block_type.shape[0]
-    w_bufs = gl.allocate_shared_memory(gl.int8, [STAGES, BN, 64], w_desc.layout)
-    x_bufs = gl.allocate_shared_memory(gl.int8, [STAGES, BM, 128], x_desc.layout)
+    w_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * KB, BN, 64], w_desc.layout)
+    x_bufs = gl.allocate_shared_memory(gl.int8, [STAGES * KB, BM, 128], x_desc.layout)
     y_buf = gl.allocate_shared_memory(y_desc.dtype, [BM, BN], y_desc.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
+    if PDL:
+        gl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1
+        )
     tiles_m = gl.cdiv(t, BM)
     tiles_n = gl.cdiv(n, BN)
     gl.warp_specialize(
         [
-            (_multiply, (w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr,
-                         bias_ptr, tiles_m, tiles_n, t, n, shard_blocks, S, HAS_BIAS, GROUP)),
-            (_load, (w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n,
-                     S * shard_blocks, GROUP)),
+            (_multiply, (w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr, bias_ptr,
+                         partial_ptr, count_ptr, tiles_m, tiles_n, t, n, blocks, S, HAS_BIAS, SPLIT, GROUP,
+                         KB, PDL)),
+            (_load, (w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n, blocks, SPLIT, GROUP,
+                     KB, PDL)),
         ],
         [1],
         [24],
@@ -169,27 +244,49 @@ def w4_gemm_hopper(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write the product into ``out`` [T, N]. Shapes as ``w4_gemm``; what it can take, ``fits_hopper`` says."""
+    """Write the product into ``out`` [T, N]. Shapes as ``w4_gemm``; what it can take, ``Tile.fits`` says."""
     t, k = codes.shape
     blocks, n, _ = weight.shape
     shards = scale.shape[1]
-    rows_w = weight.view(torch.int8).view(blocks * n, 64)
+    rows = weight.view(torch.int8).view(blocks * n, 64)
     x_desc = TensorDescriptor(codes, [t, k], [k, 1], [tile.bm, 128], _layout(128, 8))
-    w_desc = TensorDescriptor(rows_w, [blocks * n, 64], [64, 1], [tile.bn, 64], _layout(64, 8))
-    y_desc = TensorDescriptor(out, [t, n], [n, 1], [tile.bm, tile.bn], _layout(128, 16))
-    programs = torch.cuda.get_device_properties(codes.device).multi_processor_count * tile.ctas
+    w_desc = TensorDescriptor(rows, [blocks * n, 64], [64, 1], [tile.bn, 64], _layout(64, 8))
+    y_desc = TensorDescriptor(
+        out, [t, n], [n, 1], [tile.bm, tile.bn], _layout(128, 8 * out.element_size())
+    )
     tiles = -(-t // tile.bm) * -(-n // tile.bn)
-    _w4_gemm_hopper_kernel[(min(programs, tiles),)](
-        x_desc, w_desc, y_desc, scale, weight_scale, weight_scale if bias is None else bias,
-        t, n, blocks // shards, S=shards, HAS_BIAS=bias is not None, GROUP=tile.group, STAGES=tile.stages,
-        num_warps=tile.warps, maxnreg=65536 // (tile.ctas * 32 * (tile.warps + 4)) // 8 * 8,
+    partial = count = weight_scale
+    if tile.split > 1:
+        size = tiles * tile.split * tile.bm * tile.bn
+        partial = torch.empty(size, dtype=torch.int32, device=codes.device)
+        count = _counters(codes.device, tiles)
+    programs = torch.cuda.get_device_properties(codes.device).multi_processor_count * tile.ctas
+    _w4_gemm_hopper_kernel[(min(programs, tiles * tile.split),)](
+        x_desc, w_desc, y_desc, scale, weight_scale, weight_scale if bias is None else bias, partial, count,
+        t, n, blocks, S=shards, HAS_BIAS=bias is not None, SPLIT=tile.split, GROUP=tile.group,
+        STAGES=tile.stages, KB=tile.kb, PDL=True, num_warps=tile.warps, launch_pdl=True,
+        maxnreg=65536 // (tile.ctas * 32 * (tile.warps + 4)) // 8 * 8,
     )  # fmt: skip
+
+
+_SETS, _TILES = 64, 4096
+_COUNTERS: dict[torch.device, Tensor] = {}
+_turn = 0
+
+
+def _counters(device: torch.device, tiles: int) -> Tensor:
+    """Zeroed arrival counters for ``tiles`` tiles; every kernel leaves them zero.
+
+    Launches take turns in 64 sets, so that two streams would have to be 64 launches apart to share one.
+    """
+    global _turn
+    if tiles > _TILES:
+        raise ValueError(f"flatquant: {tiles} tiles are too many to split along K (at most {_TILES})")
+    if device not in _COUNTERS:
+        _COUNTERS[device] = torch.zeros(_SETS, _TILES, dtype=torch.int32, device=device)
+    _turn = (_turn + 1) % _SETS
+    return _COUNTERS[device][_turn]
 
 
 def _layout(swizzle: int, bits: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
-
-
-def fits_hopper(n: int, k: int, shards: int) -> bool:
-    """TMA needs rows of a multiple of 16 bytes; a shard must be an even number of whole blocks."""
-    return n % 8 == 0 and k % (256 * shards) == 0

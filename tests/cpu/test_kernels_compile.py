@@ -43,12 +43,14 @@ def compiled(kernel, arch: int, warps: int, stages: int, types: dict | None = No
     }
     source = ASTSource(kernel, signature, meta, aligned)
     return triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options=dict(num_warps=warps, num_stages=stages)
+        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps, "num_stages": stages}
     )
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
-@pytest.mark.parametrize("bm,bn,warps,kb,shards", [(16, 32, 2, 2, 1), (64, 64, 4, 2, 1), (64, 64, 4, 1, 4)])
+@pytest.mark.parametrize(
+    "bm,bn,warps,kb,shards", [(16, 32, 2, 2, 1), (64, 64, 4, 2, 1), (64, 64, 4, 1, 4)]
+)
 def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) -> None:
     hopper = arch == 90
     kernel = compiled(
@@ -56,7 +58,9 @@ def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) 
         GROUP=8, PREFETCH=8 if hopper else 0, PDL=hopper, ASM=True, THREADS=32 * warps,
     )  # fmt: skip
     ptx = kernel.asm["ptx"]
-    product = r"wgmma\.mma_async\S*\.s32\.s8\.s8" if hopper and bn >= 64 else r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+    product = (
+        r"wgmma\.mma_async\S*\.s32\.s8\.s8" if hopper and bn >= 64 else r"mma\.sync\S*\.s32\.s8\.s8\.s32"
+    )
     assert re.search(product, ptx)
     assert "cp.async" in ptx
     assert (".local" in ptx) is False

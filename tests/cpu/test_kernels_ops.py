@@ -23,7 +23,11 @@ def equal(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None
 
 def test_every_op_equals_its_reference_on_the_cpu() -> None:
     torch.manual_seed(0)
-    x, residual, norm = torch.randn(5, 96).bfloat16(), torch.randn(5, 96).bfloat16(), torch.randn(96).bfloat16()
+    x, residual, norm = (
+        torch.randn(5, 96).bfloat16(),
+        torch.randn(5, 96).bfloat16(),
+        torch.randn(96).bfloat16(),
+    )
     left, right = factors(2, 6, 8)
     clip = torch.tensor([0.9, 0.8])
     equal(kron_quant(x, left, right, clip, 4), kron_quant_ref(x, left, right, clip, 4))
@@ -40,7 +44,11 @@ def test_every_op_equals_its_reference_on_the_cpu() -> None:
     equal(rmsnorm_kron_quant(x, residual, *args), rmsnorm_kron_quant_ref(x, residual, *args))
     assert rmsnorm_kron_quant(x, None, *args)[2] is x
     codes = torch.randint(-8, 8, (5, 96), dtype=torch.int8)
-    weight, scale, weight_scale = torch.randint(-8, 8, (7, 96), dtype=torch.int8), torch.rand(5, 2), torch.rand(7, 1)
+    weight, scale, weight_scale = (
+        torch.randint(-8, 8, (7, 96), dtype=torch.int8),
+        torch.rand(5, 2),
+        torch.rand(7, 1),
+    )
     got = w4_gemm(codes, scale, pack_device(weight, 2), weight_scale, None, torch.bfloat16)
     equal((got,), (w4_gemm_ref(codes, scale, weight, weight_scale, None, torch.bfloat16),))
 
@@ -73,7 +81,9 @@ def check_all_ops(device: str) -> None:
     scale, weight_scale = torch.rand(5, 2, device=device), torch.rand(40, 1, device=device)
     bias = torch.randn(40, device=device).bfloat16()
     for b in (bias, None):
-        torch.library.opcheck(ops.w4_gemm.default, (codes, scale, weight, weight_scale, b, torch.bfloat16))
+        torch.library.opcheck(
+            ops.w4_gemm.default, (codes, scale, weight, weight_scale, b, torch.bfloat16)
+        )
 
 
 def test_errors_name_the_shapes() -> None:

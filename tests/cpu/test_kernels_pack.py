@@ -20,7 +20,8 @@ def test_pack_int4_refuses_an_odd_width() -> None:
 
 
 @pytest.mark.parametrize(
-    "n,k,shards", [(1, 128, 1), (5, 384, 1), (7, 100, 1), (3, 1408, 4), (2, 25600, 8), (16, 14336, 2), (4, 1, 1)]
+    "n,k,shards",
+    [(1, 128, 1), (5, 384, 1), (7, 100, 1), (3, 1408, 4), (2, 25600, 8), (16, 14336, 2), (4, 1, 1)],
 )
 def test_pack_device_is_its_own_inverse(n: int, k: int, shards: int) -> None:
     codes = torch.randint(-8, 8, (n, k), dtype=torch.int8)

@@ -7,22 +7,24 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from vllm_flatquant.kernels.jit import INTERPRET  # noqa: E402
-from vllm_flatquant.kernels.kron import kron_ref, kron_triton  # noqa: E402
-from vllm_flatquant.kernels.kron_quant import kron_quant_ref, kron_quant_triton  # noqa: E402
-from vllm_flatquant.kernels.pack import pack_device  # noqa: E402
-from vllm_flatquant.kernels.rmsnorm_kron_quant import (  # noqa: E402
+from vllm_flatquant.kernels.jit import INTERPRET
+from vllm_flatquant.kernels.kron import kron_ref, kron_triton
+from vllm_flatquant.kernels.kron_quant import kron_quant_ref, kron_quant_triton
+from vllm_flatquant.kernels.pack import pack_device
+from vllm_flatquant.kernels.rmsnorm_kron_quant import (
     rmsnorm_kron_quant_ref,
     rmsnorm_kron_quant_triton,
 )
-from vllm_flatquant.kernels.silu_mul_kron_quant import (  # noqa: E402
+from vllm_flatquant.kernels.silu_mul_kron_quant import (
     silu_mul_kron_quant_ref,
     silu_mul_kron_quant_triton,
 )
-from vllm_flatquant.kernels.tiles import Tile  # noqa: E402
-from vllm_flatquant.kernels.w4_gemm import w4_gemm_ref, w4_gemm_triton  # noqa: E402
+from vllm_flatquant.kernels.tiles import Tile
+from vllm_flatquant.kernels.w4_gemm import w4_gemm_ref, w4_gemm_triton
 
-pytestmark = pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1 before Triton is imported")
+pytestmark = pytest.mark.skipif(
+    not INTERPRET, reason="needs TRITON_INTERPRET=1 before Triton is imported"
+)
 
 FORMS = ["both", "head", "right", "none"]
 SIZES = [(1, 4, 8), (2, 12, 20), (4, 5, 16)]  # S, a, b
@@ -30,7 +32,9 @@ SIZES = [(1, 4, 8), (2, 12, 20), (4, 5, 16)]  # S, a, b
 
 def factors(form: str, shards: int, a: int, b: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     left = torch.randn(shards, a, a).div(a**0.5).bfloat16().float() if form in ("both", "head") else None
-    right = torch.randn(shards, b, b).div(b**0.5).bfloat16().float() if form in ("both", "right") else None
+    right = (
+        torch.randn(shards, b, b).div(b**0.5).bfloat16().float() if form in ("both", "right") else None
+    )
     return left, right
 
 
@@ -93,7 +97,9 @@ def test_kron(form: str, shards: int, a: int, b: int) -> None:
     torch.manual_seed(0)
     x = inputs(3, shards * a * b, torch.float32)
     left, right = factors(form, shards, a, b)
-    torch.testing.assert_close(kron_triton(x, left, right), kron_ref(x, left, right), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        kron_triton(x, left, right), kron_ref(x, left, right), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("residual", [True, False])
@@ -104,7 +110,9 @@ def test_rmsnorm_kron_quant(form: str, residual: bool) -> None:
     weight = torch.randn(96)
     left, right = factors(form, 1, 8, 12)
     added = other if residual else None
-    codes, scale, total = rmsnorm_kron_quant_triton(x, added, weight, 1e-5, left, right, torch.ones(1), 4)
+    codes, scale, total = rmsnorm_kron_quant_triton(
+        x, added, weight, 1e-5, left, right, torch.ones(1), 4
+    )
     want = rmsnorm_kron_quant_ref(x, added, weight, 1e-5, left, right, torch.ones(1), 4)
     torch.testing.assert_close(scale, want[1], rtol=1e-5, atol=0)
     same_codes(codes, want[0], 1e-3)
