@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ class KVTransform(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, D], k and v [B, KV, T, D]."""
-        if self.k is not None:
+        if self.k is not None and self.k_logit is not None:
             p, p_inv_t = self.k()
             q, k = q @ p_inv_t[0], k @ p[0]
             k = fake_quant_kv_ref(k, self.recipe.k_bits, self.k_logit.sigmoid(), round_ste)
@@ -104,13 +105,13 @@ class TrainableBlock(nn.Module):
         self.arch, self.recipe = arch, recipe
         device = next(layer.parameters()).device
         generator = torch.Generator().manual_seed(seed)
-        linears = {name: layer.get_submodule(name) for name in arch.linears}
-        attention = layer.get_submodule(arch.attention)
-        head_dim = attention.head_dim
+        linears = {name: cast(nn.Linear, layer.get_submodule(name)) for name in arch.linears}
+        attention: Any = layer.get_submodule(arch.attention)
+        head_dim: int = attention.head_dim
         heads = linears[arch.o].in_features // head_dim
         check_shards(recipe.shards, heads, linears[arch.down].in_features)
 
-        def site(names: tuple[str, ...], shards: int, amax: Tensor) -> Site:
+        def make_site(names: tuple[str, ...], shards: int, amax: Tensor) -> Site:
             width = linears[names[0]].in_features
             left, right = factor_pair(width // shards, f"input width of {names[0]}")
             diag = None
@@ -121,7 +122,7 @@ class TrainableBlock(nn.Module):
 
         self.sites = nn.ModuleDict(
             {
-                "qkv": site(arch.qkv, 1, stats.qkv),
+                "qkv": make_site(arch.qkv, 1, stats.qkv),
                 "o": Site(
                     recipe.shards,
                     heads // recipe.shards,
@@ -130,8 +131,8 @@ class TrainableBlock(nn.Module):
                     recipe.matrix,
                     generator,
                 ),
-                "gate_up": site(arch.gate_up, 1, stats.gate_up),
-                "down": site((arch.down,), recipe.shards, stats.down),
+                "gate_up": make_site(arch.gate_up, 1, stats.gate_up),
+                "down": make_site((arch.down,), recipe.shards, stats.down),
             }
         )
         self.value = MATRICES[recipe.matrix](1, head_dim, generator)
@@ -139,24 +140,27 @@ class TrainableBlock(nn.Module):
         self.linears = nn.ModuleDict()
         for group, site_name in zip(arch.groups, ("qkv", "o", "gate_up", "down"), strict=True):
             for name in group:
-                linear = TrainableLinear(linears[name], self.sites[site_name], recipe)
+                linear = TrainableLinear(linears[name], self.site(site_name), recipe)
                 self.linears[name.replace(".", "/")] = linear
                 set_submodule(layer, name, linear)
         for name, is_output in ((arch.qkv[2], True), (arch.o, False)):
-            linear = self.linears[name.replace(".", "/")]
-            linear.value, linear.is_value_output = [self.value], is_output
+            self.linear(name).value, self.linear(name).is_value_output = [self.value], is_output
         attention.flatquant_qkv = self.kv.forward
         self.layer = [layer]
         self.to(device)
 
     def linear(self, name: str) -> TrainableLinear:
         """The trainable linear of that name."""
-        return self.linears[name.replace(".", "/")]
+        return cast(TrainableLinear, self.linears[name.replace(".", "/")])
+
+    def site(self, name: str) -> Site:
+        """The trainable site of that name."""
+        return cast(Site, self.sites[name])
 
     def forget(self) -> None:
         """Drop everything kept for the last step."""
-        for site in self.sites.values():
-            site.forget()
+        for name in self.sites:
+            self.site(name).forget()
 
     def parameter_groups(self, lr: float, clip_factor: float) -> list[dict]:
         """Optimizer groups: transforms and diagonals at ``lr``, clips at ``lr * clip_factor``."""

@@ -166,12 +166,12 @@ def evaluation_tokens(model: Path, text: str | None, tokens: str | None, dataset
         raise UserError("give exactly one of --text, --tokens and --dataset")
     if tokens:
         return read_npy(Path(tokens)).flatten()
-    tokenizer = load_tokenizer(model)
     if text:
         path = Path(text)
         if not path.is_file():
             raise UserError(f"text file {text} does not exist; check the path")
         body = read_text(path)
-    else:
+    tokenizer = load_tokenizer(model)
+    if dataset:
         body = "\n\n".join(dataset_texts(str(dataset)))
     return torch.tensor(tokenizer(body, verbose=False)["input_ids"], dtype=torch.int64)

@@ -71,25 +71,29 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
     source: the block's original tensors in their stored dtype, by relative name.
     """
     block.forget()
-    arch, tensors = block.arch, {}
+    arch = block.arch
+    tensors: dict[str, Tensor] = {}
     device = next(block.parameters()).device
     value, _ = block.value()
     value = value[0].double()
-    down_diag = block.sites["down"].diag
+    down_diag = block.site("down").diag
     prefix = {
         "qkv": f"{arch.attention}.qkv_transform",
         "o": f"{arch.attention}.o_transform",
         "gate_up": f"{arch.mlp}.gate_up_transform",
         "down": f"{arch.mlp}.down_transform",
     }
-    inverses, diags = {}, {}
-    for name, site in block.sites.items():
+    inverses: dict[str, tuple[Tensor, Tensor | None]] = {}
+    diags: dict[str, Tensor] = {}
+    for name in block.sites:
+        site = block.site(name)
         inverses[name] = _fold_site(site, prefix[name], tensors)
-        diags[name] = site.diag.double() if site.diag is not None else None
+        if site.diag is not None:
+            diags[name] = site.diag.double()
     inverses["o"] = (inverses["o"][0], inverse_transpose(value).expand(block.recipe.shards, -1, -1))
     for name, norm in (("qkv", arch.input_norm), ("gate_up", arch.post_norm)):
         weight = source[f"{norm}.weight"].to(device)
-        if diags[name] is not None:
+        if name in diags:
             weight, diags[name] = fold_norm(weight, diags[name])
         tensors[f"{norm}.weight"] = weight
 
@@ -99,7 +103,7 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
             linear: TrainableLinear = block.linear(linear_name)
             weight = source[f"{linear_name}.weight"].to(device).double()
             bias = source.get(f"{linear_name}.bias")
-            if diags[name] is not None:
+            if name in diags:
                 weight = weight / diags[name]
             weight = kron_wide_ref(weight, *inverses[name])
             if linear.clip is not None:

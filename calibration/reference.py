@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..kernels.kron import kron_ref
 from ..kernels.kron_quant import kron_quant_ref
@@ -27,6 +28,10 @@ class ReferenceSite(nn.Module):
     (transformed x [T, K], None) where activations keep 16 bits. The last result is kept for the
     linears that share it. ``observe``, if set, receives the dequantized result [T, K] once per input.
     """
+
+    left: Tensor | None
+    right: Tensor | None
+    clip: Tensor
 
     def __init__(self, left: Tensor | None, right: Tensor | None, clip: Tensor | None, bits: int):
         super().__init__()
@@ -66,6 +71,11 @@ class ReferenceLinear(nn.Module):
     been rounded yet (while GPTQ works its way through a block).
     """
 
+    codes: Tensor
+    scale: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
     def __init__(
         self,
         site: ReferenceSite,
@@ -94,6 +104,11 @@ class ReferenceLinear(nn.Module):
 
 class ReferenceKV(nn.Module):
     """P_h on q and k after RoPE and the fake-quantized KV cache. q [B, H, T, D], k and v [B, KV, T, D]."""
+
+    k_transform_matrix: Tensor
+    k_transform_inverse_t: Tensor
+    k_transform_clip: Tensor
+    v_transform_clip: Tensor
 
     def __init__(self, tensors: dict[str, Tensor], prefix: str, spec: FlatQuantSpec):
         super().__init__()
@@ -154,7 +169,7 @@ def install_block(
                 module, _, attribute = name.rpartition(".")
                 value = nn.Parameter(tensors[name].to(parameter.dtype), requires_grad=False)
                 setattr(layer.get_submodule(module), attribute, value)
-    attention = layer.get_submodule(arch.attention)
+    attention: Any = layer.get_submodule(arch.attention)
     attention.flatquant_kv = ReferenceKV(tensors, arch.attention, spec)
     attention.flatquant_qkv = attention.flatquant_kv.forward
     return sites
@@ -190,14 +205,13 @@ def load_reference(
     config = load_config(path)
     arch = find_architecture(config.model_type)
     files = WeightFiles(path)
-    network = meta_model(config)
+    network: Any = meta_model(config)
     state = {}
     blocks = network.get_submodule(arch.blocks)
     if spec is None:
         state = {n: files.tensor(n) for n in network.state_dict() if n in files}
     else:
-        expected = checkpoint_names(config, spec, arch)
-        check_names(path, set(files.names), expected)
+        check_tensors(path, files, checkpoint_shapes(config, spec, arch))
         for i, layer in enumerate(blocks):
             prefix = f"{arch.blocks}.{i}."
             names = [n for n in files.names if n.startswith(prefix)]
@@ -218,48 +232,59 @@ def load_reference(
     return network.to(device).eval()
 
 
-def checkpoint_names(config: object, spec: FlatQuantSpec, arch: Architecture) -> set[str]:
-    """Names of every tensor that a checkpoint of this spec must have."""
-    with torch.device("meta"):
-        network = meta_model(config)  # type: ignore[arg-type]
-    plain = set(network.state_dict())
+def checkpoint_shapes(
+    config: PreTrainedConfig, spec: FlatQuantSpec, arch: Architecture
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint of this spec must have."""
+    shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
     if getattr(config, "tie_word_embeddings", False):
-        plain.discard("lm_head.weight")
-    names = set(plain)
-    for i in range(config.num_hidden_layers):  # type: ignore[attr-defined]
+        shapes.pop("lm_head.weight", None)
+    for i in range(config.num_hidden_layers):
         prefix = f"{arch.blocks}.{i}."
         for linear in arch.linears:
-            names.discard(f"{prefix}{linear}.weight")
-            names |= {f"{prefix}{linear}.weight_packed", f"{prefix}{linear}.weight_scale"}
-        names |= {prefix + n for n in transform_names(spec, arch)}
-    return names
+            out, width = shapes.pop(f"{prefix}{linear}.weight")
+            groups = width // (spec.weights.group_size or width)
+            shapes[f"{prefix}{linear}.weight_packed"] = (out, width // 2)
+            shapes[f"{prefix}{linear}.weight_scale"] = (out, groups)
+        shapes.update({prefix + n: shape for n, shape in transform_shapes(spec, arch).items()})
+    return shapes
 
 
-def transform_names(spec: FlatQuantSpec, arch: Architecture) -> set[str]:
-    """Names, relative to a block, of the transforms and clips that the spec asks for."""
-    names = set()
-    for name, owner in (("qkv", arch.attention), ("gate_up", arch.mlp), ("down", arch.mlp)):
-        if getattr(spec.sites, name) is not None:
-            names |= {f"{owner}.{name}_transform.left", f"{owner}.{name}_transform.right"}
+def transform_shapes(spec: FlatQuantSpec, arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Name, relative to a block, and shape of the transforms and clips that the spec asks for."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, owner, shards in (
+        ("qkv", arch.attention, 1),
+        ("gate_up", arch.mlp, 1),
+        ("down", arch.mlp, spec.shards),
+    ):
+        factors = getattr(spec.sites, name)
+        if factors is not None:
+            shapes[f"{owner}.{name}_transform.left"] = (shards, factors.left, factors.left)
+            shapes[f"{owner}.{name}_transform.right"] = (shards, factors.right, factors.right)
         if spec.activations.bits < 16:
-            names.add(f"{owner}.{name}_transform.clip")
+            shapes[f"{owner}.{name}_transform.clip"] = (shards,)
     if spec.sites.o is not None:
-        names.add(f"{arch.attention}.o_transform.head")
+        shapes[f"{arch.attention}.o_transform.head"] = (spec.shards, spec.sites.o, spec.sites.o)
     if spec.activations.bits < 16:
-        names.add(f"{arch.attention}.o_transform.clip")
-    if spec.kv.k_bits < 16:
-        names |= {f"{arch.attention}.k_transform.{n}" for n in ("matrix", "inverse_t", "clip")}
-    if spec.kv.v_bits < 16:
-        names.add(f"{arch.attention}.v_transform.clip")
-    return names
+        shapes[f"{arch.attention}.o_transform.clip"] = (spec.shards,)
+    for name, bits in (("k", spec.kv.k_bits), ("v", spec.kv.v_bits)):
+        if bits < 16:
+            shapes[f"{arch.attention}.{name}_transform.clip"] = (1 if bits == 8 else 2,)
+    if spec.sites.k is not None:
+        for part in ("matrix", "inverse_t"):
+            shapes[f"{arch.attention}.k_transform.{part}"] = (spec.sites.k, spec.sites.k)
+    return shapes
 
 
-def check_names(path: Path, found: set[str], expected: set[str]) -> None:
-    """UserError that names the first missing or unknown tensor of a checkpoint."""
-    for kind, names in (("lacks", expected - found), ("has unknown", found - expected)):
+def check_tensors(path: Path, files: WeightFiles, expected: dict[str, tuple[int, ...]]) -> None:
+    """UserError that names the first missing, unknown or misshapen tensor of a checkpoint."""
+    found = set(files.names)
+    fix = "the checkpoint is damaged, copy it again or make it again with `flatquant quantize`"
+    for kind, names in (("lacks", set(expected) - found), ("has unknown", found - set(expected))):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(
-                f"{path} {kind} tensor {min(names)}{more}; the checkpoint is damaged, copy it again or make "
-                "it again with `flatquant quantize`"
-            )
+            raise UserError(f"{path} {kind} tensor {min(names)}{more}; {fix}")
+    for name, shape in expected.items():
+        if files.shape(name) != shape:
+            raise UserError(f"{path}: tensor {name} has shape {files.shape(name)}, not {shape}; {fix}")

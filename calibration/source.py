@@ -51,7 +51,7 @@ class ModelSource:
         self.arch: Architecture = find_architecture(self.raw_config.get("model_type"))
         self.config: PreTrainedConfig = load_config(self.path)
         self.files = WeightFiles(self.path)
-        self.model = meta_model(self.config)
+        self.model: Any = meta_model(self.config)
         self.num_blocks: int = self.config.num_hidden_layers
         self._check_names()
         self.dtype = self.files.dtype(f"{self.arch.blocks}.0.{self.arch.o}.weight")
@@ -124,7 +124,7 @@ class WeightFiles:
         if index.exists():
             try:
                 listed = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError) as error:
+            except (ValueError, KeyError, AttributeError, TypeError) as error:
                 raise UserError(
                     f"{index} is not a safetensors index ({error}); download it again"
                 ) from None
@@ -226,5 +226,6 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     config._attn_implementation = ATTENTION
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    base: Any = model.model
+    base.rotary_emb = type(base.rotary_emb)(config=config)
     return model.eval().requires_grad_(False)

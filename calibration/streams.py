@@ -40,8 +40,8 @@ def record_inputs(
     tokens: int64 [N, T]. The arguments (masks, RoPE tables) are those of one row; they broadcast.
     """
     model = source.model
-    blocks = model.get_submodule(source.arch.blocks)
-    recorders = nn.ModuleList(_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks))
+    blocks: nn.ModuleList = model.get_submodule(source.arch.blocks)
+    recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
     embedding = source.files.tensor(f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight")
     if int(tokens.max()) >= embedding.shape[0] or int(tokens.min()) < 0:
         raise UserError(
@@ -49,7 +49,7 @@ def record_inputs(
             f"{embedding.shape[0]} entries; tokenize with this model's tokenizer"
         )
     hidden = embedding.float()[tokens]
-    model.model.layers = recorders
+    model.model.layers = nn.ModuleList(recorders)
     model.model.rotary_emb.to(device)
     try:
         model.model(inputs_embeds=hidden[:1].to(device), use_cache=False)

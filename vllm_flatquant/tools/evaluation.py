@@ -6,10 +6,11 @@ import torch
 
 from ..calibration.data import evaluation_tokens
 from ..calibration.errors import UserError
-from ..calibration.evaluate import perplexity, perplexity_vllm, windows
+from ..calibration.evaluate import perplexity, windows
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, read_spec
 from ..calibration.source import resolve_folder
+from .served import perplexity_vllm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..calibration.architectures import find_architecture
 from ..calibration.errors import UserError
-from ..calibration.reference import check_names, checkpoint_names, load_reference, read_spec
+from ..calibration.reference import check_tensors, checkpoint_shapes, load_reference, read_spec
 from ..calibration.source import GOLDEN, WeightFiles, load_config, resolve_folder
+from .served import prompt_logprobs
 
 TOLERANCE = 0.05
 """Largest difference of a top logit, float32, between the recorded and the replayed prompt. Rounding of
@@ -27,9 +28,7 @@ def inspect_folder(folder: str) -> str:
         raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
     config = load_config(path)
     files = WeightFiles(path)
-    check_names(
-        path, set(files.names), checkpoint_names(config, spec, find_architecture(config.model_type))
-    )
+    check_tensors(path, files, checkpoint_shapes(config, spec, find_architecture(config.model_type)))
     size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
     sites = []
@@ -113,26 +112,9 @@ def _reference_logits(path: Path, ids: Tensor) -> Tensor:
 
 
 def _vllm_logprobs(path: Path, ids: Tensor, top_ids: Tensor) -> Tensor:
-    """Log-probabilities of ``top_ids`` [n, k] after each prefix, float32, from one vLLM prompt."""
-    from vllm import LLM, SamplingParams
-
-    n, k = top_ids.shape
-    llm = LLM(
-        model=str(path),
-        dtype="float32",
-        max_model_len=n + 1,
-        skip_tokenizer_init=True,
-        max_logprobs=2 * k,
-        enable_prefix_caching=False,
-    )
-    params = SamplingParams(
-        max_tokens=1, temperature=0, prompt_logprobs=2 * k, logprobs=2 * k, detokenize=False
-    )
-    output = llm.generate([{"prompt_token_ids": ids.tolist()}], params, use_tqdm=False)[0]
-    entries = [*output.prompt_logprobs[1:], output.outputs[0].logprobs[0]]
+    """Log-probabilities of ``top_ids`` [n, k] after each prefix, from one vLLM prompt; -inf if absent."""
+    entries = prompt_logprobs(path, [ids.tolist()], top=2 * top_ids.shape[1])[0]
     lost = float("-inf")
-    rows = [
-        [entry[t].logprob if t in entry else lost for t in row]
-        for entry, row in zip(entries, top_ids.tolist(), strict=True)
-    ]
-    return torch.tensor(rows)
+    return torch.tensor(
+        [[entry.get(t, lost) for t in row] for entry, row in zip(entries, top_ids.tolist(), strict=True)]
+    )

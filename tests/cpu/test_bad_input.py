@@ -1,0 +1,436 @@
+"""Bad input ends in one sentence that names the thing and the fix, status 1, and leaves nothing behind."""
+
+import errno
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_model import make_model, random_tokens
+
+from vllm_flatquant import cli
+from vllm_flatquant.calibration.quantize import quantize
+from vllm_flatquant.calibration.recipe import make_recipe
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def calib(tmp_path):
+    np.save(tmp_path / "calib.npy", random_tokens(4, 24).numpy())
+    return tmp_path / "calib.npy"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command; (status, stdout, stderr)."""
+
+    def call(*args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["flatquant", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def refuses(run, tmp_path, model, calib):
+    """Check that `flatquant quantize` refuses with a message holding every given part."""
+
+    def check(*parts, options=(), source=None, tokens=None):
+        out = tmp_path / "out"
+        before = sorted(p.name for p in tmp_path.iterdir())
+        status, _, err = run(
+            *("quantize", source or model, "--out", out, "--calib", tokens or calib, "--device", "cpu"),
+            *("--samples", 4, "--seq-len", 24, "--epochs", 1, *options),
+        )
+        assert status == 1, err
+        lines = [line for line in err.splitlines() if line.startswith("flatquant: ")]
+        assert len(lines) == 1
+        assert "Traceback" not in err
+        for part in parts:
+            assert part in lines[0], lines[0]
+        assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+    return check
+
+
+def edit_config(model, **changes):
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_weights(model, change):
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def test_missing_folder(refuses, tmp_path):
+    refuses("does not exist", str(tmp_path / "nope"), source=tmp_path / "nope")
+
+
+def test_hub_name_that_cannot_be_downloaded(refuses, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    refuses("no-one/no-such-model", "check the name", source="no-one/no-such-model")
+
+
+def test_folder_is_a_file(refuses, calib):
+    refuses("does not exist", source=calib)
+
+
+def test_no_config(refuses, model):
+    (model / "config.json").unlink()
+    refuses("no config.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", ""])
+def test_damaged_config(refuses, model, content):
+    (model / "config.json").write_text(content)
+    refuses("config.json", "download it again")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma3", "gpt2", None])
+def test_unsupported_architecture(refuses, model, model_type):
+    edit_config(model, model_type=model_type)
+    refuses(f"'{model_type}'", "llama, mistral, qwen2, qwen3")
+
+
+def test_already_quantized_model(refuses, model):
+    edit_config(model, quantization_config={"quant_method": "gptq"})
+    refuses("already quantized", "gptq", "original model")
+
+
+def test_our_own_checkpoint_as_input(refuses, model, calib, tmp_path):
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0)
+    refuses("already quantized", source=quantize(model, tmp_path / "q", recipe, str(calib), "cpu"))
+
+
+def test_pickle_only_weights(refuses, model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    refuses("pickle", "safetensors")
+
+
+def test_no_weights(refuses, model):
+    (model / "model.safetensors").unlink()
+    refuses("no .safetensors weights")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -10])
+def test_truncated_weights(refuses, model, keep):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refuses("model.safetensors", "download it again")
+
+
+def test_corrupt_header(refuses, model):
+    file = model / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[8:40] = b"x" * 32
+    file.write_bytes(bytes(data))
+    refuses("model.safetensors", "download it again")
+
+
+def test_index_names_a_missing_shard(refuses, model):
+    index = {"weight_map": {Q: "model-00001-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses("lacks model-00001-of-00002.safetensors")
+
+
+def test_index_points_outside(refuses, model):
+    index = {"weight_map": {Q: "../elsewhere.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuses("outside its folder")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}"])
+def test_damaged_index(refuses, model, content):
+    (model / "model.safetensors.index.json").write_text(content)
+    refuses("index.json", "download it again")
+
+
+def test_missing_tensor(refuses, model):
+    edit_weights(model, lambda t: t.pop(Q))
+    refuses("lacks tensor", Q)
+
+
+def test_extra_tensor(refuses, model):
+    edit_weights(model, lambda t: t.update({"model.layers.0.adapter": torch.ones(2)}))
+    refuses("unknown tensor model.layers.0.adapter")
+
+
+def test_wrong_shape(refuses, model):
+    edit_weights(model, lambda t: t.update({Q: torch.ones(3, 3, dtype=torch.bfloat16)}))
+    refuses(Q, "(3, 3)", "(96, 48)")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "name", [Q, "model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"]
+)
+def test_nan_in_weights(refuses, model, name, value):
+    edit_weights(model, lambda t: t[name].view(-1).__setitem__(1, value))
+    refuses(name, "NaN or inf")
+
+
+def test_nan_in_activations(refuses, model):
+    def overflow(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 1e30
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
+
+    edit_weights(model, overflow)
+    refuses("block 1", "NaN or inf")
+
+
+def test_token_ids_outside_the_vocabulary(refuses, calib):
+    np.save(calib, np.full((4, 24), 96))
+    refuses("96", "vocabulary")
+
+
+@pytest.mark.parametrize("shape", [(3, 24), (4, 23), (95,), (0,)])
+def test_too_few_calibration_tokens(refuses, calib, shape):
+    np.save(calib, np.zeros(shape, dtype=np.int64))
+    refuses("calib.npy", "lower --samples or --seq-len")
+
+
+@pytest.mark.parametrize("array", [np.zeros((4, 24)), np.zeros((2, 2, 2), dtype=int), np.array(["a"])])
+def test_calibration_file_of_something_else(refuses, calib, array):
+    np.save(calib, array)
+    refuses("token ids are integers")
+
+
+def test_pickled_calibration_file(refuses, calib):
+    np.save(calib, np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    refuses("no .npy file of numbers")
+
+
+def test_calibration_file_missing(refuses, tmp_path):
+    refuses("does not exist", tokens=tmp_path / "nope.npy")
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.parquet"])
+def test_calibration_source_not_understood(refuses, tmp_path, model, name):
+    give_tokenizer(model)
+    refuses("not understood", tokens=tmp_path / name)
+
+
+def give_tokenizer(model):
+    """A byte-per-token tokenizer for the tiny model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet())[:96])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(model / "tokenizer.json"))
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+
+
+@pytest.mark.parametrize("text", ["", "too short"])
+def test_empty_or_short_text(refuses, model, tmp_path, text):
+    give_tokenizer(model)
+    file = tmp_path / "text.txt"
+    file.write_text(text)
+    refuses("text.txt", "tokens", "give more text", tokens=file)
+
+
+def test_text_is_not_utf8(refuses, model, tmp_path):
+    give_tokenizer(model)
+    file = tmp_path / "text.txt"
+    file.write_bytes(b"\xff\xfe\x00")
+    refuses("UTF-8", tokens=file)
+
+
+@pytest.mark.parametrize("line", ["{", '{"body": "x"}', "[1]"])
+def test_bad_jsonl_line(refuses, model, tmp_path, line):
+    give_tokenizer(model)
+    file = tmp_path / "text.jsonl"
+    file.write_text('{"text": "fine"}\n' + line + "\n")
+    refuses("line 2", "'text' field", tokens=file)
+
+
+def test_no_tokenizer(refuses, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("def f(): pass\n" * 100)
+    refuses("no usable tokenizer", tokens=file)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--scheme", "w3a3"), "scheme='w3a3'"),
+        (("--kv", 2), "kv=2"),
+        (("--rounding", "up"), "rounding='up'"),
+        (("--preset", "best"), "preset 'best'"),
+        (("--device", "tpu"), "device 'tpu'"),
+        (("--group-size", 16), "only with 16-bit activations"),
+        (("--scheme", "w4a16", "--group-size", 32), "does not divide the input width 48"),
+        (("--shards", 4), "use one of 1, 2"),
+        (("--shards", 0), "shards=0"),
+        (("--epochs", -1), "epochs=-1"),
+    ],
+)
+def test_bad_option(refuses, options, part):
+    refuses(part, options=options)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_without_a_gpu(refuses):
+    refuses("no usable CUDA GPU", options=("--device", "cuda"))
+
+
+def test_out_not_empty(run, refuses, tmp_path, model, calib):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("keep")
+    refuses("not empty", "--overwrite")
+    assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_out_is_a_file(refuses, tmp_path):
+    (tmp_path / "out").write_text("keep")
+    refuses("is a file")
+
+
+def test_disk_full_keeps_the_old_checkpoint(refuses, tmp_path, monkeypatch):
+    from vllm_flatquant.calibration import export
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("keep")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "save_file", full)
+    refuses("No space left on device", "free space", options=("--overwrite",))
+    assert (tmp_path / "out" / "old.txt").read_text() == "keep"
+
+
+@pytest.fixture
+def checkpoint(model, calib, tmp_path):
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0, kv=4)
+    return quantize(model, tmp_path / "q", recipe, str(calib), "cpu")
+
+
+@pytest.fixture
+def inspect_refuses(run, checkpoint):
+    """Check that `flatquant inspect --verify` refuses the damaged checkpoint."""
+
+    def check(*parts):
+        status, _, err = run("inspect", checkpoint, "--verify", "--backend", "reference")
+        assert status == 1
+        assert len(err.strip().splitlines()) == 1
+        assert err.startswith("flatquant: ")
+        for part in parts:
+            assert part in err
+
+    return check
+
+
+def edit_spec(checkpoint, change):
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    change(config["quantization_config"])
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda c: c.update(format_version=2), ("format_version is 2", "upgrade")),
+        (lambda c: c.pop("format_version"), ("no format_version", "flatquant quantize")),
+        (lambda c: c.update(surprise=1), ("surprise", "unknown key")),
+        (lambda c: c["weights"].update(bits=3), ("weights.bits",)),
+        (lambda c: c["activations"].update(bits=5), ("activations.bits",)),
+        (lambda c: c.pop("sites"), ("sites",)),
+        (lambda c: c["kv"].update(symmetric=True), ("symmetric",)),
+        (lambda c: c["sites"].update(k=None), ("sites.k",)),
+        (lambda c: c.update(shards=0), ("shards",)),
+    ],
+)
+def test_bad_spec(inspect_refuses, checkpoint, change, parts):
+    edit_spec(checkpoint, change)
+    inspect_refuses("config.json", *parts)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp.down_transform.left",
+        "self_attn.qkv_transform.clip",
+        "self_attn.o_transform.head",
+        "self_attn.k_transform.inverse_t",
+        "self_attn.v_transform.clip",
+        "mlp.gate_proj.weight_scale",
+        "self_attn.k_proj.weight_packed",
+        "input_layernorm.weight",
+    ],
+)
+def test_checkpoint_lacks_a_tensor(inspect_refuses, checkpoint, name):
+    edit_weights(checkpoint, lambda t: t.pop(f"model.layers.1.{name}"))
+    inspect_refuses("lacks tensor", f"model.layers.1.{name}")
+
+
+def test_checkpoint_has_a_changed_weight(inspect_refuses, checkpoint):
+    edit_weights(checkpoint, lambda t: t["model.layers.0.mlp.up_proj.weight_packed"].zero_())
+    inspect_refuses("verify reference: FAILED")
+
+
+def test_checkpoint_has_a_wrong_shape(inspect_refuses, checkpoint):
+    edit_weights(
+        checkpoint, lambda t: t.update({"model.layers.0.mlp.down_transform.left": torch.eye(3)[None]})
+    )
+    inspect_refuses("model.layers.0.mlp.down_transform.left", "(1, 3, 3)", "(1, 8, 8)")
+
+
+def test_golden_missing_or_damaged(inspect_refuses, checkpoint):
+    (checkpoint / "golden.safetensors").write_bytes(b"1234")
+    inspect_refuses("golden.safetensors", "copy it again")
+    (checkpoint / "golden.safetensors").unlink()
+    inspect_refuses("no golden.safetensors")
+
+
+def test_inspect_an_unquantized_model(run, model):
+    status, _, err = run("inspect", model)
+    assert status == 1
+    assert "is not quantized" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ((), "exactly one of"),
+        (("--text", "nope.txt"), "does not exist"),
+        (("--tokens", "nope.npy"), "does not exist"),
+        (("--tokens", "CALIB", "--seq-len", 1000), "fewer than one window"),
+        (("--tokens", "CALIB", "--seq-len", 1), "seq_len=1"),
+        (("--tokens", "CALIB", "--limit", 0), "limit=0"),
+        (("--tokens", "CALIB", "--backend", "onnx"), "backend 'onnx'"),
+        (("--tokens", "CALIB", "--dtype", "int8"), "dtype 'int8'"),
+        (("--tokens", "OUTSIDE", "--seq-len", 8), "outside the model's vocabulary"),
+    ],
+)
+def test_eval_refuses(run, model, calib, tmp_path, options, part):
+    np.save(tmp_path / "outside.npy", np.full(16, 999))
+    paths = {"CALIB": calib, "OUTSIDE": tmp_path / "outside.npy"}
+    status, _, err = run("eval", model, *(paths.get(o, o) for o in options))
+    assert status == 1
+    assert part in err
+    assert "Traceback" not in err
+
+
+def test_eval_refuses_another_method(run, model, calib):
+    edit_config(model, quantization_config={"quant_method": "awq"})
+    status, _, err = run("eval", model, "--tokens", calib, "--seq-len", 8)
+    assert status == 1
+    assert "another method ('awq')" in err

@@ -1,0 +1,54 @@
+"""A checkpoint asked through vLLM's own engine: prompt log-probabilities in float32 or 16 bits."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..calibration.errors import UserError
+
+
+def prompt_logprobs(
+    model: str | Path, rows: list[list[int]], dtype: str = "float32", top: int = 0
+) -> list[list[dict[int, float]]]:
+    """Log-probabilities that vLLM gives each prompt token and the ``top`` likeliest ones beside it.
+
+    rows: token ids of each prompt, all of one length. dtype: vLLM's. Entry i of a row maps token id to
+    log-probability at position i + 1; the last entry is that of the first generated token (its ``top``).
+    Raises UserError if vLLM is not installed.
+    """
+    # vLLM logs to stdout by default, where the result belongs.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    try:
+        from vllm import LLM, SamplingParams
+    except ImportError:
+        raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
+    length = len(rows[0])
+    engine = LLM(
+        model=str(model),
+        dtype=dtype,  # type: ignore[arg-type]
+        max_model_len=length + 1,
+        max_num_batched_tokens=max(2048, length + 1),
+        max_logprobs=max(20, top),
+        skip_tokenizer_init=True,
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(
+        max_tokens=1, temperature=0, prompt_logprobs=top, logprobs=top, detokenize=False
+    )
+    prompts: list[Any] = [{"prompt_token_ids": row} for row in rows]
+    found = []
+    for output in engine.generate(prompts, params, use_tqdm=False):
+        entries: list[Any] = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
+        found.append([{token: lp.logprob for token, lp in entry.items()} for entry in entries])
+    return found
+
+
+def perplexity_vllm(model: str | Path, rows: Tensor, dtype: str = "float32") -> float:
+    """``calibration.evaluate.perplexity`` of rows int64 [count, seq_len], from vLLM."""
+    total = 0.0
+    for row, entries in zip(rows.tolist(), prompt_logprobs(model, rows.tolist(), dtype), strict=True):
+        total -= sum(entry[token] for token, entry in zip(row[1:], entries, strict=False))
+    return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
