@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import logging
+import re
 import runpy
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def test_transformers_models_import_from_the_repository_root():
         run_python("from transformers import LlamaForCausalLM as m; print(m.__name__)")
         == "LlamaForCausalLM"
     )
+
+
+def test_only_compat_imports_vllm():
+    plugin = [
+        "attention",
+        "backend",
+        "config",
+        "errors",
+        "files",
+        "linear",
+        "loading",
+        "ops",
+        "sites",
+        "spec",
+    ]
+    for name in plugin:
+        text = (ROOT / "vllm_flatquant" / f"{name}.py").read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (vllm\b|\.calibration)", text, re.MULTILINE), name
 
 
 def test_register_is_idempotent_and_leaves_cuda_alone():
