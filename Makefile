@@ -10,7 +10,7 @@ PYTHON_GIVEN := $(filter command environment,$(firstword $(origin PYTHON)))
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
-# torch alone comes from here if it is set, as in TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Package index for torch alone, such as the one with PyTorch's CPU wheels; unset, pip's own.
 TORCH_INDEX ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 GPU_PYTHON = $(if $(PYTHON_GIVEN),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))

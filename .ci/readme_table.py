@@ -1,6 +1,7 @@
 """Rewrite the results table of README.md from benchmarks/results/accuracy.csv."""
 
 import csv
+import json
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -11,37 +12,44 @@ BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """One line per model and configuration, one column per text; the fullest set of windows counts."""
+    """For one model: a line per configuration, a column per text; the fullest set of windows counts."""
     texts = sorted({row["text"] for row in rows})
     windows = {t: max(int(row["windows"]) for row in rows if row["text"] == t) for t in texts}
-    values: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    used = []
-    for row in rows:
-        if int(row["windows"]) == windows[row["text"]]:
-            values[row["model"], row["config"]][row["text"]].append(float(row["perplexity"]))
-            used.append(row)
+    values: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    used = [row for row in rows if int(row["windows"]) == windows[row["text"]]]
+    for row in used:
+        values[row["config"]][row["text"]].append(float(row["perplexity"]))
+    model, seq_len = rows[0]["model"], rows[0]["seq_len"]
     lines = [
-        "| model | configuration | " + " | ".join(f"{t} ({windows[t]} windows)" for t in texts) + " |",
-        "|---|---|" + "---|" * len(texts),
+        f"| {model}, windows of {seq_len} | "
+        + " | ".join(f"{t} ({windows[t]})" for t in texts)
+        + " | seeds |",
+        "|---|" + "---|" * (len(texts) + 1),
     ]
-    for (model, config), by_text in sorted(
-        values.items(), key=lambda v: (v[0][0], v[0][1] != "unquantized")
-    ):
-        cells = [f"{mean(by_text[t]):.3f} ({len(by_text[t])})" if by_text[t] else "" for t in texts]
-        lines.append(f"| {model} | {config} | " + " | ".join(cells) + " |")
+    for config, by_text in sorted(values.items(), key=lambda v: (v[0] != "unquantized", v[0])):
+        cells = [f"{mean(by_text[t]):.3f}" if by_text[t] else "" for t in texts]
+        seeds = max(len(found) for found in by_text.values())
+        lines.append(f"| {config} | " + " | ".join(cells) + f" | {seeds} |")
     sources = {
         name: ", ".join(sorted({row[name] for row in used})) for name in ("device", "torch", "commit")
     }
+    trained = json.loads(next(row["settings"] for row in used if row["settings"] != "null"))
     lines += [
         "",
-        "In brackets: seeds. Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
+        (
+            f"Calibrated on {trained['samples']} x {trained['seq_len']} tokens, {trained['epochs']} epochs. Measured "
+            "on {device}; PyTorch {torch}; commit {commit}.".format(**sources)
+        ),
+        "",
     ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     with (ROOT / "benchmarks/results/accuracy.csv").open(newline="") as file:
-        new = table(list(csv.DictReader(file)))
+        rows = list(csv.DictReader(file))
+    models = dict.fromkeys(row["model"] for row in rows)
+    new = "".join(table([row for row in rows if row["model"] == model]) for model in models)
     readme = ROOT / "README.md"
     readme.write_text(BLOCK.sub(lambda m: m[1] + new + m[2], readme.read_text()))
 

@@ -1,7 +1,7 @@
 """Perplexity of quantized models: one row per configuration, seed and text.
 
     python benchmarks/accuracy.py --model DIR --calib FILE.npy --text wikitext2=FILE.npy \
-        --text python=FILE.npy --config w4a4-rtn --config w4a4-gptq --seeds 3
+        --text python=FILE.txt --config w4a4-rtn --config w4a4-gptq --seeds 3
 
 Rows go to benchmarks/results/accuracy.csv; a row that is there already (same model, text, configuration
 and seed) is not run again. Each run repeats the unquantized baseline. Several jobs can share one GPU.
@@ -18,11 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 
 from vllm_flatquant import __version__
+from vllm_flatquant.calibration.data import evaluation_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
 from vllm_flatquant.calibration.quantize import choose_device, peak_memory, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
@@ -76,6 +76,12 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
+def read_tokens(model: str, file: str) -> torch.Tensor:
+    """Token ids int64 [n] of a .npy file, or of a text in the model's tokenizer."""
+    source = {"tokens": file} if file.endswith(".npy") else {"text": file}
+    return evaluation_tokens(Path(model), **{"text": None, "tokens": None, "dataset": None, **source})
+
+
 def run(job: dict) -> list[dict]:
     """One configuration and seed (or the unquantized model): a row per text."""
     device = choose_device(job["device"])
@@ -90,8 +96,7 @@ def run(job: dict) -> list[dict]:
         network = load_reference(model, device)
         rows = []
         for text, file in job["texts"]:
-            ids = torch.from_numpy(np.load(file).astype(np.int64)).flatten()
-            cut = windows(ids, job["seq_len"], job["limit"])
+            cut = windows(read_tokens(job["model"], file), job["seq_len"], job["limit"])
             rows.append(
                 {
                     "model": Path(job["model"]).name,
@@ -117,7 +122,7 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--calib", required=True)
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE.npy")
+    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument(
         "--config", action="append", help=f"name[:key=value,...]; names: {', '.join(CONFIGS)}"
     )
@@ -138,10 +143,7 @@ def main() -> None:
                 (r["model"], r["text"], r["config"], r["seed"], r["windows"]) for r in csv.DictReader(f)
             }
     texts = [tuple(t.split("=", 1)) for t in args.text]
-    counts = {
-        t: len(windows(torch.from_numpy(np.load(f)).flatten(), args.seq_len, args.limit))
-        for t, f in texts
-    }
+    counts = {t: len(windows(read_tokens(args.model, f), args.seq_len, args.limit)) for t, f in texts}
     name = Path(args.model).name
 
     def settings_of(config: str) -> dict:
