@@ -33,13 +33,14 @@ def table(rows: list[dict[str, str]]) -> str:
     sources = {
         name: ", ".join(sorted({row[name] for row in used})) for name in ("device", "torch", "commit")
     }
-    trained = json.loads(next(row["settings"] for row in used if row["settings"] != "null"))
+    settings = [json.loads(row["settings"]) for row in used if row["settings"] != "null"]
+    how = ""
+    if settings:
+        first = settings[0]
+        how = f"Calibrated on {first['samples']} x {first['seq_len']} tokens, {first['epochs']} epochs. "
     lines += [
         "",
-        (
-            f"Calibrated on {trained['samples']} x {trained['seq_len']} tokens, {trained['epochs']} epochs. Measured "
-            "on {device}; PyTorch {torch}; commit {commit}.".format(**sources)
-        ),
+        how + "Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
         "",
     ]
     return "\n".join(lines) + "\n"
