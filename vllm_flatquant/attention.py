@@ -13,7 +13,7 @@ from . import _compat, ops
 from ._compat import Attention, BaseKVCacheMethod
 from .errors import UnsupportedError
 from .loading import ExpectedTensors
-from .sites import ATTENTION_NAMES, attention_parameters, checkpoint_name
+from .sites import ATTENTION_NAMES, attention_shapes, checkpoint_name
 from .spec import FlatQuantSpec
 
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "half", "float32", "float")
@@ -72,13 +72,7 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
                 f"{prefix} has head_dim {head_dim} but quantization_config.sites.k is {self._spec.sites.k}; "
                 "config.json was changed, quantize the model again"
             )
-        clip = {8: (1,), 4: (2,)}
-        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
-            attention_parameters(self._spec), (head_dim, head_dim)
-        )
-        shapes |= {
-            f"{n}_transform_clip": clip[b] for n, b in (("k", kv.k_bits), ("v", kv.v_bits)) if b < 16
-        }
+        shapes = attention_shapes(self._spec)
         for name, tensor in ATTENTION_NAMES.items():
             if name not in shapes:
                 layer.register_parameter(name, None)

@@ -18,7 +18,7 @@ from ._compat import (
 from .backend import LayerShape, make_runtime
 from .errors import CheckpointError, UnsupportedError
 from .loading import ExpectedTensors
-from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, site_parameters
+from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, site_shapes
 from .spec import FlatQuantSpec
 
 
@@ -30,28 +30,18 @@ def factor_shapes(
     Returns parameter -> shape, leaving out those that the checkpoint does not have. Raises
     CheckpointError if the spec's sizes do not fit.
     """
+    shapes = site_shapes(spec, site)
     shards = spec.shards if site.row_parallel else 1
-    sizes = getattr(spec.sites, site.name)
-    if sizes is None:
-        left, right = 1, 1
-        fits = inputs % shards == 0
-    elif site.name == "o":
-        left, right = sizes, 1
-        fits = inputs % (shards * left) == 0
-    else:
-        left, right = sizes.left, sizes.right
-        fits = shards * left * right == inputs
-    if not fits:
+    left, right = (shapes.get(name, (0, 1))[1] for name in ("transform_left", "transform_right"))
+    # The o site's second factor is the identity on head_dim, whatever that is.
+    exact = site.name != "o" and "transform_left" in shapes
+    if inputs % (shards * left * right) or (exact and inputs != shards * left * right):
+        sizes = getattr(spec.sites, site.name)
         raise CheckpointError(
             f"{layer} has {inputs} inputs, which quantization_config (shards={shards}, "
             f"sites.{site.name}={sizes}) does not fit; config.json was changed, quantize the model again"
         )
-    shapes = {
-        "transform_left": (shards, left, left),
-        "transform_right": (shards, right, right),
-        "transform_clip": (shards,),
-    }
-    return {name: shapes[name] for name in site_parameters(spec, site)}
+    return shapes
 
 
 @register_weight_loader_v2_supported_method

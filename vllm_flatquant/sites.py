@@ -62,20 +62,31 @@ def factor_name(site: Site, parameter: str) -> str:
     return f"{site.name}_transform.{'head' if (site.name, last) == ('o', 'left') else last}"
 
 
-def site_parameters(spec: FlatQuantSpec, site: Site) -> list[str]:
-    """The transform parameters that a linear module of ``site`` has."""
-    names = []
-    if getattr(spec.sites, site.name) is not None:
-        names += ["transform_left"] if site.name == "o" else ["transform_left", "transform_right"]
+def site_shapes(spec: FlatQuantSpec, site: Site) -> dict[str, tuple[int, ...]]:
+    """The transform parameters that a linear module of ``site`` has, with the checkpoint's whole shapes."""
+    shards, sizes = spec.shards if site.row_parallel else 1, getattr(spec.sites, site.name)
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(sizes, int):
+        shapes["transform_left"] = (shards, sizes, sizes)
+    elif sizes is not None:
+        shapes["transform_left"] = (shards, sizes.left, sizes.left)
+        shapes["transform_right"] = (shards, sizes.right, sizes.right)
     if spec.activations.bits < 16:
-        names.append("transform_clip")
-    return names
+        shapes["transform_clip"] = (shards,)
+    return shapes
 
 
-def attention_parameters(spec: FlatQuantSpec) -> list[str]:
-    """The parameters that an attention module has for its KV cache."""
-    quantized = {"k": spec.kv.k_bits < 16, "v": spec.kv.v_bits < 16}
-    return [name for name in ATTENTION_NAMES if quantized[name[0]]]
+def attention_shapes(spec: FlatQuantSpec) -> dict[str, tuple[int, ...]]:
+    """The parameters that an attention module has for its KV cache, with their shapes."""
+    clips: dict[int, tuple[int, ...]] = {8: (1,), 4: (2,)}
+    shapes: dict[str, tuple[int, ...]] = {}
+    if spec.sites.k is not None:
+        square = (spec.sites.k, spec.sites.k)
+        shapes |= {"k_transform_matrix": square, "k_transform_inverse_t": square}
+        shapes["k_transform_clip"] = clips[spec.kv.k_bits]
+    if spec.kv.v_bits < 16:
+        shapes["v_transform_clip"] = clips[spec.kv.v_bits]
+    return shapes
 
 
 def ignored_parts(spec: FlatQuantSpec, prefix: str) -> list[str]:
@@ -90,18 +101,24 @@ def ignored_parts(spec: FlatQuantSpec, prefix: str) -> list[str]:
     ]
 
 
-def block_tensors(spec: FlatQuantSpec, block: str) -> list[str]:
-    """Names of the tensors, biases aside, that the quantized modules of ``block`` (a prefix) must have."""
-    names = []
+def block_tensors(spec: FlatQuantSpec, block: str) -> dict[str, tuple[int, ...] | None]:
+    """The tensors, biases aside, that the quantized modules of ``block`` (a prefix) must have.
+
+    Returns name -> shape, None where the shape depends on more than the spec.
+    """
+    tensors: dict[str, tuple[int, ...] | None] = {}
     for site in SITES:
         prefix = f"{block}.{site.module}"
         if ignored_parts(spec, prefix):
             continue
-        kinds = [f"{part}.{kind}" for part in site.parts for kind in ("weight_packed", "weight_scale")]
-        kinds += [factor_name(site, parameter) for parameter in site_parameters(spec, site)]
-        names += [checkpoint_name(prefix, kind) for kind in kinds]
-    kv = [ATTENTION_NAMES[parameter] for parameter in attention_parameters(spec)]
-    return names + [f"{block}.self_attn.{name}" for name in kv]
+        for part in site.parts:
+            for kind in ("weight_packed", "weight_scale"):
+                tensors[checkpoint_name(prefix, f"{part}.{kind}")] = None
+        for parameter, shape in site_shapes(spec, site).items():
+            tensors[checkpoint_name(prefix, factor_name(site, parameter))] = shape
+    for parameter, shape in attention_shapes(spec).items():
+        tensors[f"{block}.self_attn.{ATTENTION_NAMES[parameter]}"] = shape
+    return tensors
 
 
 def rename_rules() -> dict[re.Pattern[str], str]:

@@ -56,6 +56,17 @@ def test_missing_tensor_is_named_before_the_engine_starts(tmp_path, name):
         engine_config(tmp_path)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "_transform." in name])
+def test_damaged_transform_is_named_before_the_engine_starts(tmp_path, name):
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    write_checkpoint(tmp_path, QUANTIZED, **{name: torch.cat([tensor, tensor])})
+    with pytest.raises(CheckpointError, match=f"{name} has shape .* but quantization_config says"):
+        engine_config(tmp_path)
+    write_checkpoint(tmp_path, QUANTIZED, **{name: tensor / 0})
+    with pytest.raises(CheckpointError, match=f"{name} contains NaN or inf; download it again"):
+        engine_config(tmp_path)
+
+
 def test_damaged_files_are_named_before_the_engine_starts(tmp_path):
     write_checkpoint(tmp_path, QUANTIZED)
     file = tmp_path / "model.safetensors"
@@ -101,7 +112,7 @@ def test_missing_norm_weight_is_named(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_shape_mismatch_is_named(tmp_path, name):
+def test_shape_mismatch_is_named(tmp_path, name, no_check_of_files):
     tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
     write_checkpoint(tmp_path, QUANTIZED, **{name: torch.cat([tensor, tensor])})
     with pytest.raises(CheckpointError, match=f"{name} has shape .* but the model needs"):
@@ -110,7 +121,7 @@ def test_shape_mismatch_is_named(tmp_path, name):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [name for name in NAMES if not name.endswith("packed")])
-def test_values_that_are_not_finite_are_named(tmp_path, name, value):
+def test_values_that_are_not_finite_are_named(tmp_path, name, value, no_check_of_files):
     tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
     tensor.view(-1)[-1] = value
     write_checkpoint(tmp_path, QUANTIZED, **{name: tensor})
