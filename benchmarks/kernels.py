@@ -292,7 +292,7 @@ def measure_gemms(record: Recorder, models: list[str], tokens: list[int]) -> Non
                 continue
             try:
                 at = make()
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
                 print("failed:", kernel, n, k, repr(error)[:200], flush=True)
                 continue
             for t in wanted:

@@ -118,9 +118,13 @@ class Plan(NamedTuple):
     grid: tuple[int, int]
 
 
-def plan(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int) -> Plan:
+def plan(
+    x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int, kind: str = "plain"
+) -> Plan:
     """How to launch a transform of width ``k`` with these factors over the rows of ``x``.
 
+    kind: "plain", "norm" or "silu", what comes before the transform. The numbers of warps, of programs on an
+    SM and of loads in flight were measured on an H100 (docs/decisions.md).
     Raises ValueError if the factors do not fit ``k`` (as ``factor_sizes``).
     """
     if left is None and right is None:
@@ -131,40 +135,59 @@ def plan(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: i
         found, a, b = factor_sizes(k, left, right)
         if found != shards:
             raise ValueError(f"flatquant: {shards} clips do not fit transform factors of {found} shards")
-    least = 16 if left is not None or right is not None else 1
-    size_a, size_b = (max(least, triton.next_power_of_2(n)) for n in (a, b))
+    size_a, size_b = _padded(a, b, left, right)
     area = size_a * size_b
-    warps = 16 if area > 32768 else 8 if area > 8192 else 4 if area > 1024 else 2
-    programs, few = x.shape[0], True
-    if x.device.type == "cuda":
-        sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-        few = programs * shards <= sms
-        programs = min(programs, -(-sms * max(1, min(16, 65536 // area)) // shards))
-    on_hopper = hopper(x.device)
+    t, on_hopper = x.shape[0], hopper(x.device)
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else t * shards
+    few = t * shards <= sms  # then every program has one token, and nothing to load ahead
+    warps = 8 if area > 8192 else 4 if area > 1024 else 2
+    on_each, registers = max(1, min(16, 65536 // area)), None
+    stages = 2 if few and 5 * area <= 2**17 else 1
+    if left is not None and right is not None and not few:
+        if kind == "plain" and area <= 4096:
+            on_each, stages = 4, 2
+        elif kind == "plain" and area == 16384:
+            on_each, warps = 2, 4
+        elif kind == "norm" and area <= 4096 and t < 32 * sms:
+            on_each, registers = 4, 128
+        elif kind == "silu" and area == 16384:
+            on_each = 1
     step = 16 // x.element_size()
     aligned = a * b % step == 0 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
     meta: dict[str, object] = {
         "A": size_a, "B": size_b, "L": left is not None, "R": right is not None,
-        "WIDE": INTERPRET or x.dtype == torch.float32, "PDL": on_hopper, "AHEAD": on_hopper and aligned and not few,
-        "THREADS": 32 * warps, "ASM": not INTERPRET, "num_warps": warps, "num_stages": 2 if few else 1,
+        "WIDE": INTERPRET or x.dtype == torch.float32, "PDL": on_hopper,
+        "AHEAD": on_hopper and aligned and not few and kind != "silu",
+        "THREADS": 32 * warps, "ASM": not INTERPRET, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
     if on_hopper:
         meta["launch_pdl"] = True
-        if 8192 < area <= 16384 and not few:
-            meta["maxnreg"] = 128  # two programs on an SM: one computes while the other loads
-    return Plan(a, b, meta, (programs, shards))
+        if registers:
+            meta["maxnreg"] = registers
+    return Plan(a, b, meta, (min(t, -(-sms * on_each // shards)), shards))
 
 
-def fused(k: int, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
+def _padded(a: int, b: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
+    """Tile sizes: powers of two, at least 16 where there is a product."""
+    least = 16 if left is not None or right is not None else 1
+    return max(least, triton.next_power_of_2(a)), max(least, triton.next_power_of_2(b))
+
+
+def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
     """Whether one token's tile and its factors fit on chip; says so once where they do not.
 
-    Sizes are padded to powers of two; 128 x 256 is the largest tile. The launchers then run the reference
-    instead, which is exact and slow: a transform in more shards avoids it.
+    Sizes are padded to powers of two; with 16-bit inputs 128 x 256 is the largest tile. The launchers then
+    run the reference instead, which is exact and slow: a transform in more shards avoids it.
     """
     if left is None and right is None:
         return True
     _, a, b = factor_sizes(k, left, right)
-    if triton.next_power_of_2(a) * triton.next_power_of_2(b) <= 2**15:
+    size_a, size_b = _padded(a, b, left, right)
+    factors = (size_a**2 if left is not None else 0) + (size_b**2 if right is not None else 0)
+    if not x.is_cuda:
+        return True
+    space = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 2048
+    if size_a * size_b <= 2**15 and (factors + size_a * size_b) * x.element_size() <= space:
         return True
     _say_slow(k, shards, a, b)
     return False
@@ -189,7 +212,7 @@ def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     t, k = x.shape
     some = left if left is not None else right
     assert some is not None
-    if not fused(k, left, right, some.shape[0]):
+    if not fused(x, k, left, right, some.shape[0]):
         return kron_ref(x, left, right)
     p = plan(x, k, left, right, some.shape[0])
     out = torch.empty(t, k, dtype=x.dtype, device=x.device)

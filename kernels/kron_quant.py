@@ -87,7 +87,7 @@ def kron_quant_triton(
     x = rows(x)
     t, k = x.shape
     shards = clip.shape[0]
-    if not fused(k, left, right, shards):
+    if not fused(x, k, left, right, shards):
         return kron_quant_ref(x, left, right, clip, bits)
     p = plan(x, k, left, right, shards)
     codes = torch.empty(t, k, dtype=torch.int8, device=x.device)

@@ -92,9 +92,9 @@ def rmsnorm_kron_quant_triton(
     """The kernel's launch. Shapes as the op: without a residual the third result is empty."""
     x = rows(x)
     t, k = x.shape
-    if not fused(k, left, right, 1):
+    if not fused(x, k, left, right, 1):
         return _rmsnorm_kron_quant_torch(x, residual, norm_weight, eps, left, right, clip, bits)
-    p = plan(x, k, left, right, 1)
+    p = plan(x, k, left, right, 1, "norm")
     codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(t, 1, dtype=torch.float32, device=x.device)
     total = torch.empty((0,) if residual is None else (t, k), dtype=x.dtype, device=x.device)

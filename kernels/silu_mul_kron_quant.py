@@ -86,9 +86,9 @@ def silu_mul_kron_quant_triton(
     """The kernel's launch. Shapes as ``silu_mul_kron_quant``."""
     x = rows(gate_up)
     t, k, shards = x.shape[0], x.shape[1] // 2, clip.shape[0]
-    if not fused(k, left, right, shards):
+    if not fused(x, k, left, right, shards):
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
-    p = plan(x, k, left, right, shards)
+    p = plan(x, k, left, right, shards, "silu")
     codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
     scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
     if t:
