@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -146,9 +147,10 @@ def quantize(
             (writer.folder / GOLDEN).write_bytes(save(golden(source, tokens[0], x_q[0], where)))
             writer.write_text("README.md", model_card(source, spec, recipe, calib))
             return writer.finish()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         raise UserError(
-            f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"
+            f"{out} cannot be written ({why}); free space or choose another --out"
         ) from error
 
 

@@ -48,7 +48,7 @@ def record_inputs(
             f"token ids run from {int(tokens.min())} to {int(tokens.max())} but the model's vocabulary has "
             f"{embedding.shape[0]} entries; tokenize with this model's tokenizer"
         )
-    hidden = embedding.float()[tokens]
+    hidden = embedding[tokens].float()
     model.model.layers = nn.ModuleList(recorders)
     model.model.rotary_emb.to(device)
     try:

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny_model import make_model, random_tokens
 
 from vllm_flatquant import cli
+from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 
@@ -302,14 +304,20 @@ def test_out_is_a_file(refuses, tmp_path):
     refuses("is a file")
 
 
-def test_disk_full_keeps_the_old_checkpoint(refuses, tmp_path, monkeypatch):
-    from vllm_flatquant.calibration import export
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["os", "safetensors"],
+)
+def test_disk_full_keeps_the_old_checkpoint(refuses, tmp_path, monkeypatch, error):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("keep")
 
     def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(export, "save_file", full)
     refuses("No space left on device", "free space", options=("--overwrite",))
