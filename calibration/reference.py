@@ -14,6 +14,7 @@ from ..kernels.kron_quant import kron_quant_ref
 from ..kernels.pack import unpack_int4
 from ..kernels.quantize import dequantize_weight_ref, fake_quant_kv_ref
 from ..kernels.w4_gemm import w4_gemm_ref
+from ..sites import block_tensors
 from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
@@ -246,34 +247,8 @@ def checkpoint_shapes(
             groups = width // (spec.weights.group_size or width)
             shapes[f"{prefix}{linear}.weight_packed"] = (out, width // 2)
             shapes[f"{prefix}{linear}.weight_scale"] = (out, groups)
-        shapes.update({prefix + n: shape for n, shape in transform_shapes(spec, arch).items()})
-    return shapes
-
-
-def transform_shapes(spec: FlatQuantSpec, arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Name, relative to a block, and shape of the transforms and clips that the spec asks for."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, owner, shards in (
-        ("qkv", arch.attention, 1),
-        ("gate_up", arch.mlp, 1),
-        ("down", arch.mlp, spec.shards),
-    ):
-        factors = getattr(spec.sites, name)
-        if factors is not None:
-            shapes[f"{owner}.{name}_transform.left"] = (shards, factors.left, factors.left)
-            shapes[f"{owner}.{name}_transform.right"] = (shards, factors.right, factors.right)
-        if spec.activations.bits < 16:
-            shapes[f"{owner}.{name}_transform.clip"] = (shards,)
-    if spec.sites.o is not None:
-        shapes[f"{arch.attention}.o_transform.head"] = (spec.shards, spec.sites.o, spec.sites.o)
-    if spec.activations.bits < 16:
-        shapes[f"{arch.attention}.o_transform.clip"] = (spec.shards,)
-    for name, bits in (("k", spec.kv.k_bits), ("v", spec.kv.v_bits)):
-        if bits < 16:
-            shapes[f"{arch.attention}.{name}_transform.clip"] = (1 if bits == 8 else 2,)
-    if spec.sites.k is not None:
-        for part in ("matrix", "inverse_t"):
-            shapes[f"{arch.attention}.k_transform.{part}"] = (spec.sites.k, spec.sites.k)
+        transforms = block_tensors(spec, prefix.removesuffix("."))
+        shapes.update({n: shape for n, shape in transforms.items() if shape is not None})
     return shapes
 
 
