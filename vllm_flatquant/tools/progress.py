@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from ..calibration.quantize import BlockReport, quantize
+from ..calibration.quantize import BlockReport, choose_device, quantize
 from ..calibration.recipe import Recipe
 
 
@@ -17,6 +17,11 @@ def quantize_with_progress(
     console = Console(highlight=False, soft_wrap=True)
     columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     start = time.monotonic()
+    kv = "" if recipe.kv == 16 else f" with a {recipe.kv}-bit KV cache"
+    console.print(
+        f"quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on {choose_device(device)}; "
+        f"calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, {recipe.epochs} epochs"
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=1.0)
 
