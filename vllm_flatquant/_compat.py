@@ -217,9 +217,9 @@ def _reads_safetensors(load_config: Any) -> bool:
 
 def _check_folder(quant_config: Any, model_config: Any) -> None:
     """Look at the checkpoint's files if the model is a local folder of the usual kind."""
-    folder, blocks = Path(model_config.model), getattr(model_config.hf_config, "num_hidden_layers", None)
-    if folder.is_dir() and isinstance(blocks, int):
-        quant_config.check_files(folder, blocks)
+    folder = Path(model_config.model)
+    if folder.is_dir():
+        quant_config.check_files(folder, model_config.hf_config)
 
 
 class WeightOnlyKernel:

@@ -91,9 +91,9 @@ class FlatQuantConfig(QuantizationConfig):
             raise UnsupportedError(tensor_parallel_message(self.spec.shards, options.tensor_parallel))
         check_cache_dtype(self.spec, options.kv_cache_dtype)
 
-    def check_files(self, folder: Path, blocks: int) -> None:
-        """Raise CheckpointError if the folder of a model with so many blocks is damaged or incomplete."""
-        check_files(folder, self.spec, blocks)
+    def check_files(self, folder: Path, hf_config: Any) -> None:
+        """Raise CheckpointError if the folder of a model with that config is damaged or incomplete."""
+        check_files(folder, self.spec, hf_config)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for ``layer``; None leaves it to vLLM. Raises UnsupportedError."""

@@ -1,10 +1,12 @@
 """A look at a checkpoint's files before the engine starts: what is missing or damaged is named at once.
 
-Names, transforms and per-channel scales are checked here; the loader checks every tensor as it comes.
+Names and shapes are checked here, and that scales, transforms and norms are finite; the loader checks
+every tensor again as it comes.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,14 +46,23 @@ def tensor_files(folder: Path) -> dict[str, set[str]]:
     return found
 
 
-def check_files(folder: Path, spec: FlatQuantSpec, blocks: int) -> None:
-    """Raise CheckpointError naming a tensor of ``blocks`` decoder blocks that ``folder`` lacks, or that
-    has the wrong shape, NaN or inf.
+def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:
+    """Raise CheckpointError naming a tensor of a decoder block that ``folder`` lacks, or that has the
+    wrong shape, NaN or inf.
+
+    hf_config: the model's Transformers config. A config without the usual sizes is not checked.
     """
-    files = tensor_files(folder)
+    try:
+        sizes = linear_sizes(hf_config)
+        blocks, hidden = int(hf_config.num_hidden_layers), int(hf_config.hidden_size)
+    except (AttributeError, TypeError):
+        return
     needed: dict[str, tuple[int, ...] | None] = {}
     for i in range(blocks):
-        needed |= block_tensors(spec, f"model.layers.{i}")
+        needed |= block_tensors(spec, f"model.layers.{i}", sizes)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            needed[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+    files = tensor_files(folder)
     found = set().union(*files.values())
     missing = [name for name in needed if name not in found]
     if missing:
@@ -60,17 +71,30 @@ def check_files(folder: Path, spec: FlatQuantSpec, blocks: int) -> None:
     for file, names in files.items():
         with safe_open(file, "pt") as tensors:
             for name in sorted(names & needed.keys()):
-                shape, small = (
-                    needed[name],
-                    name.endswith("weight_scale") and spec.weights.group_size is None,
-                )
-                if shape is None and not small:
-                    continue
-                tensor = tensors.get_tensor(name)
-                if shape is not None and tuple(tensor.shape) != shape:
+                shape, given = needed[name], tuple(tensors.get_slice(name).get_shape())
+                if shape is not None and given != shape:
                     raise CheckpointError(
-                        f"{name} has shape {list(tensor.shape)} but quantization_config says {list(shape)}; "
-                        f"{_AGAIN}"
+                        f"{name} has shape {list(given)} but config.json says {list(shape)}; {_AGAIN}"
                     )
-                if not bool(torch.isfinite(tensor).all()):
+                # The packed weights hold integers, and reading them all would cost a second load.
+                if not name.endswith("weight_packed") and not bool(
+                    torch.isfinite(tensors.get_tensor(name)).all()
+                ):
                     raise CheckpointError(f"{name} contains NaN or inf; {_AGAIN}")
+
+
+def linear_sizes(hf_config: Any) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each linear part of a decoder block. Raises AttributeError if a size is absent."""
+    hidden, intermediate = hf_config.hidden_size, hf_config.intermediate_size
+    heads = hf_config.num_attention_heads
+    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
+    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
+    return {
+        "q_proj": (heads * head_dim, hidden),
+        "k_proj": (kv_heads * head_dim, hidden),
+        "v_proj": (kv_heads * head_dim, hidden),
+        "o_proj": (hidden, heads * head_dim),
+        "gate_proj": (intermediate, hidden),
+        "up_proj": (intermediate, hidden),
+        "down_proj": (hidden, intermediate),
+    }

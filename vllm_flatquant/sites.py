@@ -34,6 +34,9 @@ SITES = (
 FACTOR_NAMES = {"transform_left": "left", "transform_right": "right", "transform_clip": "clip"}
 """Parameter of a linear module -> last part of its checkpoint name (the o site calls left ``head``)."""
 
+WEIGHT_TENSORS = ("weight_packed", "weight_scale")
+"""What each quantized part has instead of a weight."""
+
 ATTENTION_NAMES = {
     "k_transform_matrix": "k_transform.matrix",
     "k_transform_inverse_t": "k_transform.inverse_t",
@@ -101,10 +104,12 @@ def ignored_parts(spec: FlatQuantSpec, prefix: str) -> list[str]:
     ]
 
 
-def block_tensors(spec: FlatQuantSpec, block: str) -> dict[str, tuple[int, ...] | None]:
+def block_tensors(
+    spec: FlatQuantSpec, block: str, sizes: dict[str, tuple[int, int]] | None = None
+) -> dict[str, tuple[int, ...] | None]:
     """The tensors, biases aside, that the quantized modules of ``block`` (a prefix) must have.
 
-    Returns name -> shape, None where the shape depends on more than the spec.
+    sizes: (outputs, inputs) of each part. Returns name -> shape; None for weights where sizes is None.
     """
     tensors: dict[str, tuple[int, ...] | None] = {}
     for site in SITES:
@@ -112,8 +117,12 @@ def block_tensors(spec: FlatQuantSpec, block: str) -> dict[str, tuple[int, ...] 
         if ignored_parts(spec, prefix):
             continue
         for part in site.parts:
-            for kind in ("weight_packed", "weight_scale"):
-                tensors[checkpoint_name(prefix, f"{part}.{kind}")] = None
+            packed, scale = (checkpoint_name(prefix, f"{part}.{kind}") for kind in WEIGHT_TENSORS)
+            tensors[packed] = tensors[scale] = None
+            if sizes is not None:
+                outputs, inputs = sizes[part]
+                tensors[packed] = (outputs, inputs // 2)
+                tensors[scale] = (outputs, inputs // (spec.weights.group_size or inputs))
         for parameter, shape in site_shapes(spec, site).items():
             tensors[checkpoint_name(prefix, factor_name(site, parameter))] = shape
     for parameter, shape in attention_shapes(spec).items():

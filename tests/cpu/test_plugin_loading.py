@@ -56,14 +56,28 @@ def test_missing_tensor_is_named_before_the_engine_starts(tmp_path, name):
         engine_config(tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "_transform." in name])
-def test_damaged_transform_is_named_before_the_engine_starts(tmp_path, name):
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(name for name in NAMES if not name.endswith(("bias", "packed"))),
+        "model.layers.1.post_attention_layernorm.weight",
+    ],
+)
+def test_damaged_tensor_is_named_before_the_engine_starts(tmp_path, name):
     tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
     write_checkpoint(tmp_path, QUANTIZED, **{name: torch.cat([tensor, tensor])})
-    with pytest.raises(CheckpointError, match=f"{name} has shape .* but quantization_config says"):
+    with pytest.raises(CheckpointError, match=f"{name} has shape .* but config.json says"):
         engine_config(tmp_path)
     write_checkpoint(tmp_path, QUANTIZED, **{name: tensor / 0})
     with pytest.raises(CheckpointError, match=f"{name} contains NaN or inf; download it again"):
+        engine_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("packed")])
+def test_misshapen_weight_is_named_before_the_engine_starts(tmp_path, name):
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    write_checkpoint(tmp_path, QUANTIZED, **{name: tensor[:-1].contiguous()})
+    with pytest.raises(CheckpointError, match=f"{name} has shape .* but config.json says"):
         engine_config(tmp_path)
 
 
@@ -170,7 +184,7 @@ def test_partly_ignored_fused_layer_is_refused(tmp_path):
         ({"num_attention_heads": 2}, "o_proj.weight_packed has shape .* but the model needs"),
     ],
 )
-def test_config_that_does_not_fit_its_spec_is_refused(tmp_path, changes, match):
+def test_config_that_does_not_fit_its_spec_is_refused(tmp_path, changes, match, no_check_of_files):
     write_checkpoint(tmp_path, Recipe(k_bits=8, v_bits=8))
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | changes), encoding="utf-8")

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..calibration.errors import UserError
@@ -21,6 +22,9 @@ def prompt_logprobs(
     """
     # vLLM logs to stdout by default, where the result belongs.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if not torch.cuda.is_available():
+        # GiB; by default vLLM wants most of the machine's memory, which a busy machine does not have.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     try:
         from vllm import LLM, SamplingParams
     except ImportError:
