@@ -12,6 +12,7 @@ Peers are measured where vLLM is importable. Rows already there for this GPU and
 import argparse
 import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from timing import RESULTS, Table, clocks, copies, environment, graph_us, summary
@@ -31,6 +32,7 @@ COLUMNS = [
     "gpu", "torch", "triton", "vllm", "commit",
 ]  # fmt: skip
 KEY = ["question", "kernel", "n", "k", "shards", "tokens", "gpu", "commit"]
+PEER_ERRORS = (AttributeError, RuntimeError, TypeError, ValueError)
 BYTES_PER_US = 3.0e6
 INT8_PER_US, BF16_PER_US = 1979e6, 989e6
 BF16 = torch.bfloat16
@@ -119,8 +121,9 @@ def vllm_calls(n: int, k: int, count: int) -> dict[str, Callable[[], Callable[[i
         def at(t: int) -> Call:
             x = torch.randn(t, k, device="cuda", dtype=BF16)
             return lambda i: ops.marlin_gemm(
-                x, None, weights[i], None, scales, None, None, None, None, None, workspace, kind, t, n, k,
-                use_fp32_reduce=True,
+                a=x, c=None, b_q_weight=weights[i], b_bias=None, b_scales=scales, a_scales=None,
+                global_scale=None, b_zeros=None, g_idx=None, perm=None, workspace=workspace, b_q_type=kind,
+                size_m=t, size_n=n, size_k=k, use_fp32_reduce=True,
             )  # fmt: skip
 
         return at
@@ -237,8 +240,8 @@ def layer_calls(t: int, count: int) -> dict[str, Call]:
 class Recorder:
     """Measures what has no row yet and appends it."""
 
-    def __init__(self) -> None:
-        self.table = Table(RESULTS / "kernels.csv", COLUMNS, KEY)
+    def __init__(self, path: Path) -> None:
+        self.table = Table(path, COLUMNS, KEY)
         self.fixed = environment()
         try:
             from vllm import __version__ as version
@@ -257,12 +260,7 @@ class Recorder:
             return
         try:
             us, spread = summary(graph_us(call, rotation))
-        except (
-            RuntimeError,
-            ValueError,
-            TypeError,
-            NotImplementedError,
-        ) as error:  # a peer that refuses a shape is a result, not the end of the run
+        except PEER_ERRORS as error:  # a peer that refuses a shape is a result, not the end of the run
             print(
                 "failed:",
                 row["kernel"],
@@ -292,7 +290,7 @@ def measure_gemms(record: Recorder, models: list[str], tokens: list[int]) -> Non
                 continue
             try:
                 at = make()
-            except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            except PEER_ERRORS as error:
                 print("failed:", kernel, n, k, repr(error)[:200], flush=True)
                 continue
             for t in wanted:
@@ -317,9 +315,9 @@ def measure_layer(record: Recorder, tokens: list[int]) -> None:
             record.measure(record.wants("layer", kernel, 0, 0, 1, t), call, 4, floor)
 
 
-def show(gpu: str, commit: str) -> None:
+def show(path: Path, gpu: str, commit: str) -> None:
     """The layer table of one GPU and commit, as Markdown."""
-    with (RESULTS / "kernels.csv").open() as file:
+    with path.open() as file:
         rows = [
             r
             for r in csv.DictReader(file)
@@ -344,10 +342,11 @@ def main() -> None:
     parser.add_argument("--only", default="layer,transform,gemm")
     parser.add_argument("--models", default="llama-8b,llama-70b")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--results", type=Path, default=RESULTS / "kernels.csv")
     parser.add_argument("--print", action="store_true", help="print the layer table at the end")
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]
-    record = Recorder()
+    record = Recorder(args.results)
     if "layer" in args.only:
         measure_layer(record, [t for t in tokens if t in (1, 16, 64, 256, 1024, 2048, 8192)])
     if "transform" in args.only:
@@ -355,7 +354,7 @@ def main() -> None:
     if "gemm" in args.only:
         measure_gemms(record, args.models.split(","), tokens)
     if args.print:
-        show(record.fixed["gpu"], record.fixed["commit"])
+        show(args.results, record.fixed["gpu"], record.fixed["commit"])
 
 
 if __name__ == "__main__":

@@ -186,8 +186,8 @@ def main() -> None:
                     *(f"{us:.1f} {tuple(x)};" for us, x in rows[:3]),
                     flush=True,
                 )
-    if args.out:
-        write(args.out, gpu, best)
+            if args.out:
+                write(args.out, gpu, best)
 
 
 def write(path: str, gpu: str, best: dict[tuple[int, int, int], dict[int, Tile]]) -> None:

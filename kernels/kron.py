@@ -142,7 +142,9 @@ def plan(
     few = t * shards <= sms  # then every program has one token, and nothing to load ahead
     warps = 8 if area > 8192 else 4 if area > 1024 else 2
     on_each, registers = max(1, min(16, 65536 // area)), None
-    stages = 2 if few and 5 * area <= 2**17 else 1
+    loads = 1 if kind == "plain" else 2
+    needed = (_factor_area(size_a, size_b, left, right) + (1 + 2 * loads) * area) * x.element_size()
+    stages = 2 if few and needed <= _on_chip(x) else 1
     if left is not None and right is not None and not few:
         if kind == "plain" and area <= 4096:
             on_each, stages = 4, 2
@@ -151,7 +153,7 @@ def plan(
         elif kind == "norm" and area <= 4096 and t < 32 * sms:
             on_each, registers = 4, 128
         elif kind == "silu" and area == 16384:
-            on_each = 1
+            registers = 128
     step = 16 // x.element_size()
     aligned = a * b % step == 0 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
     meta: dict[str, object] = {
@@ -173,6 +175,18 @@ def _padded(a: int, b: int, left: Tensor | None, right: Tensor | None) -> tuple[
     return max(least, triton.next_power_of_2(a)), max(least, triton.next_power_of_2(b))
 
 
+def _factor_area(size_a: int, size_b: int, left: Tensor | None, right: Tensor | None) -> int:
+    return (size_a**2 if left is not None else 0) + (size_b**2 if right is not None else 0)
+
+
+def _on_chip(x: Tensor) -> int:
+    """Bytes of shared memory that a program can have for tiles and factors."""
+    if not x.is_cuda:
+        return 2**30
+    properties = torch.cuda.get_device_properties(x.device)
+    return getattr(properties, "shared_memory_per_block_optin", 2**16) - 2048
+
+
 def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
     """Whether one token's tile and its factors fit on chip; says so once where they do not.
 
@@ -183,11 +197,8 @@ def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: 
         return True
     _, a, b = factor_sizes(k, left, right)
     size_a, size_b = _padded(a, b, left, right)
-    factors = (size_a**2 if left is not None else 0) + (size_b**2 if right is not None else 0)
-    if not x.is_cuda:
-        return True
-    space = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin - 2048
-    if size_a * size_b <= 2**15 and (factors + size_a * size_b) * x.element_size() <= space:
+    needed = (_factor_area(size_a, size_b, left, right) + size_a * size_b) * x.element_size()
+    if size_a * size_b <= 2**15 and needed <= _on_chip(x):
         return True
     _say_slow(k, shards, a, b)
     return False

@@ -1,0 +1,50 @@
+"""The tile table and its rule: whatever the shape, the tile it gets can compute it."""
+
+import pytest
+
+from vllm_flatquant.kernels.tile_table import TABLE
+from vllm_flatquant.kernels.tiles import BUCKETS, PLAIN, Tile, bucket, w4_gemm_tile, warmup_tokens
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_every_measured_tile_fits_its_shape() -> None:
+    for shapes in TABLE.values():
+        for (n, k, shards), rows in shapes.items():
+            assert set(rows) <= set(BUCKETS) and 1 in rows and 8192 in rows
+            for tile in rows.values():
+                assert Tile(*tile).fits(n, k, shards)
+
+
+def test_a_measured_shape_gets_its_own_tile() -> None:
+    for (n, k, shards), rows in TABLE[H100].items():
+        for t, tile in rows.items():
+            assert w4_gemm_tile(H100, True, t, n, k, shards) == Tile(*tile)
+
+
+@pytest.mark.parametrize("t", [1, 2, 16, 17, 64, 65, 300, 9000])
+@pytest.mark.parametrize(
+    "n,k,shards",
+    [
+        (384, 384, 1),
+        (77, 640, 2),
+        (5120, 25600, 1),
+        (8192, 28672, 8),
+        (1000, 1408, 4),
+        (151936, 5120, 1),
+    ],
+)
+def test_any_shape_gets_a_tile_that_fits(t: int, n: int, k: int, shards: int) -> None:
+    for gpu, hopper in ((H100, True), ("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False)):
+        tile = w4_gemm_tile(gpu, hopper, t, n, k, shards)
+        assert tile.fits(n, k, shards)
+        assert hopper or tile in PLAIN.values()
+
+
+def test_buckets_and_warm_up() -> None:
+    assert [bucket(t) for t in (1, 2, 16, 17, 8192, 20000)] == [1, 16, 16, 32, 8192, 8192]
+    assert warmup_tokens(100) == [1, 16, 32, 64, 100]
+    assert warmup_tokens(8192) == list(BUCKETS)
+    for t in range(1, 200):  # every number of tokens uses a tile that the warm-up has run
+        warmed = {w4_gemm_tile(H100, True, w, 4096, 4096, 1) for w in warmup_tokens(200)}
+        assert w4_gemm_tile(H100, True, t, 4096, 4096, 1) in warmed
