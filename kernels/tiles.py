@@ -71,9 +71,9 @@ def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> T
         table = TABLE.get(gpu) or TABLE["NVIDIA H100 80GB HBM3"]
 
         def distance(shape: tuple[int, int, int]) -> float:
-            return (
-                abs(log2(shape[0] / n)) + abs(log2(shape[1] / k)) + 8 * ((shape[2] > 1) != (shards > 1))
-            )
+            size = abs(log2(shape[0] / n)) + abs(log2(shape[1] / k))
+            unlike = (shape[2] > 1) != (shards > 1)  # one accumulator or two: other tiles
+            return size + 0.1 * abs(log2(shape[2] / shards)) + 8 * unlike
 
         for shape in sorted(table, key=distance):
             rows = table[shape]
