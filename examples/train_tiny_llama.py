@@ -8,7 +8,6 @@ machine; the checkpoint with the lowest held-out perplexity is the one that is k
 """
 
 import argparse
-import hashlib
 import json
 import math
 import platform
@@ -21,9 +20,9 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from vllm_flatquant.calibration.data import is_held_out, stdlib_sources
+
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
-# Tests are not library code; encodings and pydoc_data are tables that drown everything else.
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 # The model saw no conversation: a message becomes a comment, and the answer is the code that follows it.
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -31,25 +30,6 @@ CHAT_TEMPLATE = (
     "{% else %}{{ '# ' + message['content'] | trim | replace('\\n', '\\n# ') + '\\n' }}{% endif %}"
     "{% endfor %}"
 )
-
-
-def is_held_out(name: str) -> bool:
-    """Whether the file belongs to the held-out twentieth; `name` is its path below the library's root."""
-    return hashlib.sha256(name.encode()).digest()[0] < 13
-
-
-def stdlib_sources(root: Path) -> dict[str, str]:
-    """Path below `root` -> text, of every library module that decodes as UTF-8, in a fixed order."""
-    sources = {}
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if SKIPPED.intersection(relative.parts):
-            continue
-        try:
-            sources[relative.as_posix()] = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-    return sources
 
 
 def heldout_text(held_out: list[str], limit: int) -> str:

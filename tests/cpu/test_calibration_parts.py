@@ -1,8 +1,11 @@
-"""Matrices, factor pairs, clips, straight-through rounding, recipes."""
+"""Matrices, factor pairs, clips, straight-through rounding, recipes, calibration text."""
+
+from pathlib import Path
 
 import pytest
 import torch
 
+from vllm_flatquant.calibration.data import stdlib_texts
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.factors import factor_pair
 from vllm_flatquant.calibration.matrices import MATRICES
@@ -105,3 +108,10 @@ def test_recipe_refuses(settings, message):
 def test_recipe_defaults_are_the_papers():
     recipe = Recipe()
     assert (recipe.samples, recipe.seq_len, recipe.epochs, recipe.batch_size) == (128, 2048, 15, 4)
+
+
+def test_stdlib_calibration_leaves_out_the_held_out_files():
+    held_out = (Path(__file__).parents[2] / "examples" / "heldout.txt").read_text(encoding="utf-8")
+    texts = list(stdlib_texts())
+    assert len(texts) > 300
+    assert not [text[:80] for text in texts if len(text) > 200 and text in held_out]
