@@ -4,6 +4,7 @@ Importing this works without Triton and without a GPU; the references then still
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ except ImportError:  # the decorators and annotations below must still evaluate
     triton = SimpleNamespace(jit=lambda fn=None, **options: fn or (lambda inner: inner))
     tl = SimpleNamespace(constexpr=None)
 
-INTERPRET = HAS_TRITON and triton.knobs.runtime.interpret
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _LIBRARY = torch.library.Library("flatquant", "FRAGMENT")
 
 
@@ -35,9 +36,13 @@ def register(
         return
     assert inspect.signature(on_cuda).parameters.keys() == inspect.signature(on_cpu).parameters.keys()
     _LIBRARY.define(name + torch.library.infer_schema(on_cuda, mutates_args=()))
-    _LIBRARY.impl(name, on_cuda, "CUDA")
+    _LIBRARY.impl(name, on_cuda if HAS_TRITON else _no_triton, "CUDA")
     _LIBRARY.impl(name, on_cpu, "CPU")
     torch.library.register_fake(f"flatquant::{name}", fake, lib=_LIBRARY)
+
+
+def _no_triton(*args: object, **kwargs: object) -> None:
+    raise RuntimeError("flatquant: the CUDA kernels need Triton; install it, or run on the CPU")
 
 
 def hopper(device: torch.device) -> bool:

@@ -123,8 +123,9 @@ def plan(
 ) -> Plan:
     """How to launch a transform of width ``k`` with these factors over the rows of ``x``.
 
-    kind: "plain", "norm" or "silu", what comes before the transform. The numbers of warps, of programs on an
-    SM and of loads in flight were measured on an H100 (docs/decisions.md).
+    kind: what surrounds the transform: "plain" (quantization), "norm", "silu", or "kron" (nothing).
+    The numbers of warps, of programs on an SM and of loads in flight were measured on an H100
+    (docs/decisions.md).
     Raises ValueError if the factors do not fit ``k`` (as ``factor_sizes``).
     """
     if left is None and right is None:
@@ -139,10 +140,11 @@ def plan(
     area = size_a * size_b
     t, on_hopper = x.shape[0], hopper(x.device)
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else t * shards
-    few = t * shards <= sms  # then every program has one token, and nothing to load ahead
+    # Few tokens: every program has one, and nothing to load ahead. (The transform alone has one form.)
+    few = t * shards <= sms and kind != "kron"
     warps = 8 if area > 8192 else 4 if area > 1024 else 2
     on_each, registers = max(1, min(16, 65536 // area)), None
-    loads = 1 if kind == "plain" else 2
+    loads = 2 if kind in ("norm", "silu") else 1
     needed = (_factor_area(size_a, size_b, left, right) + (1 + 2 * loads) * area) * x.element_size()
     stages = 2 if few and needed <= _on_chip(x) else 1
     if left is not None and right is not None and not few:
@@ -191,13 +193,14 @@ def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: 
     """Whether one token's tile and its factors fit on chip; says so once where they do not.
 
     Sizes are padded to powers of two; with 16-bit inputs 128 x 256 is the largest tile. The launchers then
-    run the reference instead, which is exact and slow: a transform in more shards avoids it.
+    run the reference instead, which is exact and slow: more shards, or other factors, avoid it.
     """
     if left is None and right is None:
         return True
     _, a, b = factor_sizes(k, left, right)
     size_a, size_b = _padded(a, b, left, right)
-    needed = (_factor_area(size_a, size_b, left, right) + size_a * size_b) * x.element_size()
+    tiles = 1 if x.element_size() == 2 else 3  # float32 products keep their operands apart
+    needed = (_factor_area(size_a, size_b, left, right) + tiles * size_a * size_b) * x.element_size()
     if size_a * size_b <= 2**15 and needed <= _on_chip(x):
         return True
     _say_slow(k, shards, a, b)
@@ -208,7 +211,7 @@ def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: 
 def _say_slow(k: int, shards: int, a: int, b: int) -> None:
     logging.getLogger(__name__).warning(
         "flatquant: no fused kernel for a transform of %d columns in %d shard(s) of %d x %d: its PyTorch "
-        "reference runs instead, slowly. Calibrate with more shards to avoid this.", k, shards, a, b
+        "reference runs instead, slowly. More shards, or factors that fit in 128 x 256, avoid this.", k, shards, a, b
     )  # fmt: skip
 
 
@@ -225,7 +228,7 @@ def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     assert some is not None
     if not fused(x, k, left, right, some.shape[0]):
         return kron_ref(x, left, right)
-    p = plan(x, k, left, right, some.shape[0])
+    p = plan(x, k, left, right, some.shape[0], "kron")
     out = torch.empty(t, k, dtype=x.dtype, device=x.device)
     if t:
         _kron_kernel[p.grid](

@@ -283,6 +283,8 @@ def _counters(device: torch.device, tiles: int) -> Tensor:
     if tiles > _TILES:
         raise ValueError(f"flatquant: {tiles} tiles are too many to split along K (at most {_TILES})")
     if device not in _COUNTERS:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("flatquant: run w4_gemm once before capturing it in a CUDA graph")
         _COUNTERS[device] = torch.zeros(_SETS, _TILES, dtype=torch.int32, device=device)
     _turn = (_turn + 1) % _SETS
     return _COUNTERS[device][_turn]

@@ -85,3 +85,46 @@ def test_transforms(arch: int, kernel, meta: dict) -> None:
     ).asm["ptx"]  # fmt: skip
     assert re.search(r"wgmma\.mma_async\S*bf16" if hopper else r"mma\.sync\S*bf16", ptx)
     assert ".local" not in ptx
+
+
+@pytest.mark.parametrize(
+    "bm,bn,warps,stages,kb,shards,split",
+    [(128, 256, 8, 5, 1, 1, 1), (128, 128, 8, 7, 1, 2, 1), (64, 64, 4, 8, 2, 1, 2)],
+)
+def test_w4_gemm_hopper(
+    bm: int, bn: int, warps: int, stages: int, kb: int, shards: int, split: int
+) -> None:
+    """The products stay asynchronous: ptxas does not serialize them, and two remain in flight."""
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from vllm_flatquant.kernels.w4_gemm_hopper import _w4_gemm_hopper_kernel as kernel
+
+    def box(kind: str, rows: int, columns: int, swizzle: int, bits: int) -> str:
+        layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+        return f"tensordesc<{kind}[{rows},{columns}],{layout!r}>"
+
+    meta = {
+        "S": shards, "HAS_BIAS": False, "SPLIT": split, "GROUP": 8, "STAGES": stages, "KB": kb, "PDL": True,
+    }  # fmt: skip
+    types = {
+        "x_desc": box("i8", bm, 128, 128, 8), "w_desc": box("i8", bn, 64, 64, 8),
+        "y_desc": box("bf16", bm, bn, 128, 16), "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
+        "bias_ptr": "*bf16", "partial_ptr": "*i32", "count_ptr": "*i32", "t": "i32", "n": "i32", "blocks": "i32",
+    }  # fmt: skip
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or name == "n"
+    }
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, meta, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
+    )
+    assert re.search(r"wgmma\.mma_async\S*\.s32\.s8\.s8", compiled.asm["ptx"])
+    assert compiled.metadata.shared <= 232448
+    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", compiled.asm["sass"])
+    assert waits.count("0x2") == 2 * shards and waits.count("0x0") == shards

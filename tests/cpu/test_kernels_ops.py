@@ -1,5 +1,8 @@
 """The custom ops on the CPU: their schema, fakes and references; errors name what does not fit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,6 +100,23 @@ def test_errors_name_the_shapes() -> None:
         w4_gemm(codes[:, :128], torch.ones(2, 1), weight, torch.ones(8, 1), None, torch.float32)
     with pytest.raises(ValueError, match="8 elements"):
         w4_gemm(codes, torch.ones(2, 1), weight, torch.ones(4, 1), None, torch.float32)
+
+
+def test_without_triton_the_references_run() -> None:
+    script = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vllm_flatquant.kernels.jit import HAS_TRITON
+from vllm_flatquant.kernels.kron_quant import kron_quant
+from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
+from vllm_flatquant.kernels.w4_gemm import w4_gemm
+assert not HAS_TRITON
+codes, scale = kron_quant(torch.randn(3, 8), None, None, torch.ones(1), 4)
+assert codes.shape == (3, 8) and scale.shape == (3, 1)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_no_rows() -> None:
