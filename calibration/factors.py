@@ -4,17 +4,23 @@ from .errors import UserError
 
 MAX_FACTOR = 1024
 """A larger factor costs more than the linear layer it serves."""
+KERNEL_TILE = (128, 256)
+"""Largest left and right factor that the fused GPU kernels hold on chip."""
 
 
 def factor_pair(n: int, name: str = "dimension") -> tuple[int, int]:
     """(left, right) with ``left * right = n`` and ``left <= right``, as balanced as n allows.
 
-    A pair of multiples of 16 (the tensor cores' tile) wins if its sum is at most 1.3 times the smallest.
-    Raises UserError naming ``name`` if no pair has both factors up to 1024.
+    Pairs that fit the GPU kernels come first; among them a pair of multiples of 16 (the tensor cores'
+    tile) wins if its sum is at most 1.3 times the smallest. Raises UserError naming ``name`` if no pair
+    has both factors up to 1024.
     """
     pairs = [(a, n // a) for a in range(1, int(n**0.5) + 1) if n % a == 0]
-    best = min(pairs, key=sum)
-    aligned = [p for p in pairs if p[0] % 16 == 0 and p[1] % 16 == 0 and sum(p) <= 1.3 * sum(best)]
+    fitting = [p for p in pairs if p[0] <= KERNEL_TILE[0] and p[1] <= KERNEL_TILE[1]]
+    best = min(fitting or pairs, key=sum)
+    aligned = [
+        p for p in fitting or pairs if p[0] % 16 == 0 and p[1] % 16 == 0 and sum(p) <= 1.3 * sum(best)
+    ]
     left, right = min(aligned, key=sum) if aligned else best
     if right > MAX_FACTOR:
         raise UserError(

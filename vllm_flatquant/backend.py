@@ -16,7 +16,7 @@ from . import _compat, ops
 from .errors import UnsupportedError
 from .kernels.pack import unpack_int4
 from .kernels.quantize import dequantize_weight_ref
-from .kernels.tiles import BUCKETS
+from .kernels.tiles import warmup_tokens
 from .spec import FlatQuantSpec
 
 MIN_CAPABILITY = 80
@@ -104,7 +104,7 @@ def _warm_up(
     if key in _warmed:
         return
     _warmed.add(key)
-    for count in [n for n in BUCKETS if n <= tokens] or [1]:
+    for count in warmup_tokens(tokens):
         runtime.apply(layer, torch.zeros(count, inputs, dtype=dtype, device=device), bias)
 
 

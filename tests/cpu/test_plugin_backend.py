@@ -78,7 +78,7 @@ def test_gpu_backend_equals_the_torch_backend(dtype, bits, shards):
 
 
 def test_warm_up_runs_every_tile_once(monkeypatch):
-    from vllm_flatquant.kernels.tiles import BUCKETS
+    from vllm_flatquant.kernels.tiles import warmup_tokens
 
     monkeypatch.setattr(backend, "_warmed", set())
     counts = []
@@ -92,7 +92,7 @@ def test_warm_up_runs_every_tile_once(monkeypatch):
     for _ in range(2):
         runtime = make_runtime(Recipe(shards=2), "triton", torch.bfloat16)
         runtime.process(random_layer(), packed, torch.ones(128, 1))
-    assert counts == [n for n in BUCKETS if n <= runtime._tokens]
+    assert counts == warmup_tokens(runtime._tokens)
 
 
 @pytest.mark.parametrize("bits", [4, 16])
