@@ -1,4 +1,4 @@
-"""How a quantized linear layer is computed. This file alone decides what runs where.
+"""How a quantized linear layer is computed on the backend that ``choice.py`` names.
 
 ``triton``: our kernels, on CUDA devices from compute capability 8.0 (w4a16: our transform, then vLLM's
 own 4-bit weight kernel). ``torch``: the reference functions, anywhere else. A layer carries, after
@@ -18,25 +18,6 @@ from .kernels.pack import unpack_int4
 from .kernels.quantize import dequantize_weight_ref
 from .kernels.tiles import warmup_tokens
 from .spec import FlatQuantSpec
-
-MIN_CAPABILITY = 80
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The backend's name and why it was chosen."""
-
-    name: str
-    reason: str
-
-
-def choose_backend(capability: int | None) -> Choice:
-    """Backend for a CUDA compute capability (80, 90, ...); None means no CUDA device."""
-    if capability is None:
-        return Choice("torch", "no CUDA device")
-    if capability < MIN_CAPABILITY:
-        return Choice("torch", f"compute capability {capability} is below {MIN_CAPABILITY}")
-    return Choice("triton", f"CUDA device of compute capability {capability}")
 
 
 @dataclass(frozen=True)

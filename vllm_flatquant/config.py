@@ -17,7 +17,7 @@ from ._compat import (
     WeightsMapper,
 )
 from .attention import FlatQuantKVCacheMethod, check_cache_dtype
-from .backend import choose_backend
+from .choice import choose_backend
 from .errors import UnsupportedError
 from .files import check_files
 from .linear import FlatQuantLinearMethod, tensor_parallel_message

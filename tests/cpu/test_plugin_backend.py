@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from vllm_flatquant import _compat, backend, config
+from vllm_flatquant.choice import Choice, choose_backend
 from vllm_flatquant.errors import UnsupportedError
 from vllm_flatquant.kernels.kron import kron_ref
 from vllm_flatquant.kernels.pack import pack_int4, unpack_int4
@@ -50,7 +51,7 @@ def random_layer(shards=2, clip=True):
     ],
 )
 def test_choice_and_reason(capability, name, reason):
-    choice = backend.choose_backend(capability)
+    choice = choose_backend(capability)
     assert choice.name == name
     assert reason in choice.reason
 
@@ -141,7 +142,7 @@ def test_models_on_the_gpu_backend_equal_the_torch_backend(tmp_path, monkeypatch
     write_checkpoint(tmp_path, recipe)
     blocks = []
     for name in ("torch", "triton"):
-        monkeypatch.setattr(config, "choose_backend", lambda _, name=name: backend.Choice(name, "test"))
+        monkeypatch.setattr(config, "choose_backend", lambda _, name=name: Choice(name, "test"))
         blocks.append(load_model(tmp_path).model.layers[0])
     for site in SITES:
         layers = [block.get_submodule(site.module) for block in blocks]

@@ -13,6 +13,7 @@ from ..calibration.architectures import find_architecture
 from ..calibration.errors import UserError
 from ..calibration.reference import check_tensors, checkpoint_shapes, load_reference, read_spec
 from ..calibration.source import GOLDEN, WeightFiles, load_config, resolve_folder
+from ..choice import choose_backend
 from .served import prompt_logprobs
 
 TOLERANCE = 0.05
@@ -30,6 +31,11 @@ def inspect_folder(folder: str) -> str:
     files = WeightFiles(path)
     check_tensors(path, files, checkpoint_shapes(config, spec, find_architecture(config.model_type)))
     size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
+    capability = None
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        capability = 10 * major + minor
+    choice = choose_backend(capability)
     group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
     sites = []
     for name in ("qkv", "o", "gate_up", "down", "k"):
@@ -51,6 +57,7 @@ def inspect_folder(folder: str) -> str:
             f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
             f"transforms  {', '.join(sites) or 'none'}",
             f"shards      {spec.shards} (tensor-parallel sizes that divide it can serve)",
+            f"runs here   through the {choice.name} backend ({choice.reason})",
             f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
             f"serve with  vllm serve {path}",
         ]
