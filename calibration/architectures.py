@@ -44,7 +44,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 def find_architecture(model_type: str | None) -> Architecture:
     """The table entry for ``model_type``; UserError with the supported list otherwise."""
-    if model_type in ARCHITECTURES:
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise UserError(
         f"model_type '{model_type}' is not supported; supported are {', '.join(ARCHITECTURES)} "

@@ -13,7 +13,7 @@ from .architectures import Architecture
 from .errors import UserError
 from .factors import factor_pair
 from .matrices import MATRICES
-from .recipe import Recipe
+from .recipe import SHARDS, Recipe
 from .sites import CLIP_INIT, Site, round_ste
 from .weights import WeightClip, fake_quantize_weight, grouped
 
@@ -109,7 +109,8 @@ class TrainableBlock(nn.Module):
         attention: Any = layer.get_submodule(arch.attention)
         head_dim: int = attention.head_dim
         heads = linears[arch.o].in_features // head_dim
-        check_shards(recipe.shards, heads, linears[arch.down].in_features)
+        kv_heads = linears[arch.qkv[1]].out_features // head_dim
+        check_shards(recipe.shards, heads, kv_heads, linears[arch.down].in_features)
 
         def make_site(names: tuple[str, ...], shards: int, amax: Tensor) -> Site:
             width = linears[names[0]].in_features
@@ -169,13 +170,14 @@ class TrainableBlock(nn.Module):
         return [{"params": rest, "lr": lr}, {"params": clips, "lr": lr * clip_factor}]
 
 
-def check_shards(shards: int, heads: int, intermediate: int) -> None:
-    """Raise UserError unless ``shards`` divides the query heads and the intermediate size."""
+def check_shards(shards: int, heads: int, kv_heads: int, intermediate: int) -> None:
+    """Raise UserError unless ``shards`` divides the query heads and the intermediate size, and ranks can
+    share the KV heads evenly (by splitting or by repeating them)."""
     common = math.gcd(heads, intermediate)
-    if common % shards:
-        legal = [s for s in range(1, common + 1) if common % s == 0 and s <= 64]
+    legal = [s for s in SHARDS if common % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0)]
+    if shards not in legal:
         raise UserError(
-            f"shards={shards} does not divide both {heads} query heads and intermediate size "
+            f"shards={shards} does not fit {heads} query heads, {kv_heads} KV heads and intermediate size "
             f"{intermediate}; use one of {', '.join(map(str, legal))}"
         )
 

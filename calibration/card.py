@@ -7,16 +7,19 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..spec import FlatQuantSpec
 from .recipe import Recipe
-from .source import ModelSource
 
 
-def model_card(source: ModelSource, spec: FlatQuantSpec, recipe: Recipe, calib: str) -> str:
-    """Markdown with the hub's metadata block."""
-    named = source.raw_config.get("_name_or_path") or source.path.name
+def public_name(given: str | Path) -> str:
+    """What to call a model or a text in public: the name of a file or folder, a hub name as it is."""
+    return Path(given).resolve().name if Path(given).exists() else str(given)
+
+
+def model_card(path: Path, named: str, spec: FlatQuantSpec, recipe: Recipe, calib: str) -> str:
+    """Markdown with the hub's metadata block, for the model ``named`` whose folder is ``path``."""
     data = ModelCardData(
         base_model=named,
         base_model_relation="quantized",
-        license=base_licence(source.path),
+        license=base_licence(path),
         library_name="vllm",
         tags=["flatquant", spec.scheme, "vllm"],
     )
@@ -29,7 +32,7 @@ def model_card(source: ModelSource, spec: FlatQuantSpec, recipe: Recipe, calib: 
 
 Quantized by {spec.producer.name} {spec.producer.version} with FlatQuant (arXiv 2410.09426): {recipe.weight_bits}-bit
 weights, {recipe.activation_bits}-bit activations{kv}. Rounding: {recipe.rounding.upper()}. Calibrated on
-{recipe.samples} x {recipe.seq_len} tokens of `{Path(calib).name}`, {recipe.epochs} epochs, seed {recipe.seed}; `recipe.yaml` has
+{recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs, seed {recipe.seed}; `recipe.yaml` has
 every setting and `calibration_log.jsonl` each block's error.
 
 ## Serve

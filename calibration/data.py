@@ -103,7 +103,7 @@ def iterate_texts(calib: str) -> Iterator[str]:
 def read_text(path: Path) -> str:
     """A UTF-8 file; UserError if it is something else."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as UTF-8 text ({error}); convert it or check the path"
@@ -112,10 +112,13 @@ def read_text(path: Path) -> str:
 
 def jsonl_texts(path: Path, content: str) -> Iterator[str]:
     """The ``text`` field of each line."""
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
             try:
-                yield str(json.loads(line)["text"])
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError("text is no string")
+                yield text
             except (ValueError, KeyError, TypeError):
                 raise UserError(
                     f"{path} line {number} is no JSON object with a 'text' field; fix the line"
@@ -180,9 +183,9 @@ def read_npy(path: Path) -> Tensor:
         raise UserError(
             f"{path} is no .npy file of numbers ({error}); save it with numpy.save"
         ) from None
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2):
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise UserError(
-            f"{path} holds {array.dtype} of shape {array.shape}; token ids are integers of shape [n] or [rows, n]"
+            f"{path} holds {getattr(array, 'dtype', 'an archive')} of shape {getattr(array, 'shape', '?')}; token ids are integers of shape [n] or [rows, n]"
         )
     return torch.from_numpy(array.astype(np.int64))
 

@@ -32,9 +32,9 @@ def perplexity(model: PreTrainedModel, rows: Tensor, batch_size: int = 4) -> flo
     device = next(model.parameters()).device
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
-    if int(rows.max()) >= vocabulary:
+    if int(rows.max()) >= vocabulary or int(rows.min()) < 0:
         raise UserError(
-            f"token id {int(rows.max())} is outside the model's vocabulary of {vocabulary}; tokenize with "
+            f"token ids run from {int(rows.min())} to {int(rows.max())}, outside the model's vocabulary of {vocabulary}; tokenize with "
             "this model's tokenizer"
         )
     total = 0.0

@@ -1,7 +1,8 @@
-"""Write a checkpoint folder: everything goes to a sibling folder that takes its place only when complete."""
+"""Write a checkpoint folder: everything goes to a folder beside it that takes its place only when complete."""
 
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,43 +18,44 @@ SHARD_BYTES = 5 * 1000**3
 """Largest shard, the hub's default."""
 
 
-def check_out(out: Path, overwrite: bool) -> None:
-    """UserError unless ``out`` is free, empty, or may be overwritten."""
+def check_out(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """UserError unless ``out`` is free, empty, or may be overwritten, and does not hold ``source``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
+    if not out.name or (source is not None and source.resolve().is_relative_to(out)):
+        raise UserError(f"--out {out} is or holds the model that is read; choose another folder")
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
 
 
 class CheckpointWriter:
-    """Collects tensors into shards below ``<out>.partial``; ``finish`` moves them to ``out``.
+    """Collects tensors into shards in a hidden folder beside ``out``; ``finish`` moves it to ``out``.
 
-    Use as a context manager: leaving it without ``finish`` removes what was written.
+    Use as a context manager: leaving it without ``finish`` removes what was written, and nothing else.
+    ``out`` is resolved (symbolic links followed) by the caller.
     """
 
     def __init__(self, out: Path, overwrite: bool, shard_bytes: int = SHARD_BYTES):
         check_out(out, overwrite)
-        self.out, self.shard_bytes = out, shard_bytes
-        self.folder = out.with_name(out.name + ".partial")
+        self.out, self.overwrite, self.shard_bytes = out, overwrite, shard_bytes
         self._pending: dict[str, Tensor] = {}
         self._bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
 
     def __enter__(self) -> Self:
-        if self.folder.exists():
-            shutil.rmtree(self.folder)
         try:
-            self.folder.mkdir(parents=True)
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be made ({error.strerror}); choose another --out"
+                f"{self.out} cannot be made ({error.strerror}); choose another --out"
             ) from None
+        self.folder.chmod(0o755)  # mkdtemp makes it readable by the owner alone
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.folder.exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def add(self, tensors: dict[str, Tensor]) -> None:
         """Add tensors under their final names."""
@@ -99,10 +101,10 @@ class CheckpointWriter:
         # With one shard too: vLLM reads every *.safetensors file that no index excludes, the golden prompt as well.
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-        old = self.out.with_name(self.out.name + ".old")
+        check_out(self.out, self.overwrite)  # another run may have finished there meanwhile
+        old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
         if self.out.exists():
-            self.out.rename(old)
+            self.out.rename(old / "old")
         self.folder.rename(self.out)
-        if old.exists():
-            shutil.rmtree(old)
+        shutil.rmtree(old)
         return self.out

@@ -18,7 +18,7 @@ from ..kernels.pack import pack_int4
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
 from .architectures import Architecture
 from .block import TrainableBlock, check_shards, set_submodule
-from .card import model_card
+from .card import model_card, public_name
 from .data import calibration_tokens
 from .errors import UserError
 from .export import CheckpointWriter, check_out
@@ -71,12 +71,19 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, hidden = shapes[arch.o][1] // head_dim, shapes[arch.qkv[0]][1]
     intermediate = shapes[arch.down][1]
-    check_shards(recipe.shards, heads, intermediate)
+    kv_heads = shapes[arch.qkv[1]][0] // head_dim
+    check_shards(recipe.shards, heads, kv_heads, intermediate)
+    context = getattr(config, "max_position_embeddings", recipe.seq_len)
+    if recipe.seq_len > context:
+        raise UserError(
+            f"seq_len={recipe.seq_len} is beyond the model's context of {context} tokens; use --seq-len {context}"
+        )
     for name, (_, width) in shapes.items():
-        if recipe.group_size and width % recipe.group_size:
+        on_a_rank = width // recipe.shards if name in (arch.o, arch.down) else width
+        if recipe.group_size and on_a_rank % recipe.group_size:
             raise UserError(
-                f"group_size={recipe.group_size} does not divide the input width {width} of {name}; choose a "
-                "divisor, or leave the group size out"
+                f"group_size={recipe.group_size} does not divide the input width {on_a_rank} of {name} on a "
+                "rank; choose a divisor, or leave the group size out"
             )
         if width % 2:
             raise UserError(f"{name} has an odd input width of {width}, which 4-bit packing cannot hold")
@@ -115,10 +122,11 @@ def quantize(
     after each block, on_progress with the finished fraction of the whole.
     Returns ``out``. Raises UserError for bad input, and leaves nothing half-written.
     """
-    out = Path(out)
+    out = Path(out).resolve()
     where = choose_device(device)
     check_out(out, overwrite)
     source = ModelSource(model)
+    check_out(out, overwrite, source.path)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
     reports: list[BlockReport] = []
@@ -140,12 +148,16 @@ def quantize(
                 if on_progress:
                     on_progress((i + 1) / source.num_blocks)
             writer.add({n: source.files.tensor(n) for n in source.other_names()})
-            writer.write_side_files(source.path, source.raw_config, spec)
-            writer.write_text("recipe.yaml", recipe.to_yaml() + f"calib: {Path(calib).name}\n")
+            config = {k: v for k, v in source.raw_config.items() if k != "_name_or_path"}  # a local path
+            writer.write_side_files(source.path, config, spec)
+            writer.write_text("recipe.yaml", recipe.to_yaml(public_name(calib)))
             log = "".join(json.dumps(asdict(r)) + "\n" for r in reports)
             writer.write_text("calibration_log.jsonl", log)
             (writer.folder / GOLDEN).write_bytes(save(golden(source, tokens[0], x_q[0], where)))
-            writer.write_text("README.md", model_card(source, spec, recipe, calib))
+            writer.write_text(
+                "README.md",
+                model_card(source.path, public_name(model), spec, recipe, public_name(calib)),
+            )
             return writer.finish()
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]

@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..spec import SCHEMES
 from .errors import UserError
 
+SHARDS = (1, 2, 4, 8)
+"""Tensor-parallel sizes that a transform can be split for."""
+
 
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
@@ -23,7 +26,7 @@ class Recipe(BaseModel):
     kv: Literal[4, 8, 16] = 16
     group_size: int | None = Field(default=None, gt=0)
     rounding: Literal["rtn", "gptq"] = "rtn"
-    shards: int = Field(default=1, gt=0)
+    shards: Literal[1, 2, 4, 8] = 1
     samples: int = Field(default=128, gt=0)
     seq_len: int = Field(default=2048, gt=1)
     epochs: int = Field(default=15, ge=0)
@@ -36,7 +39,7 @@ class Recipe(BaseModel):
     weight_clip: bool = True
     gptq_damping: float = Field(default=0.01, gt=0)
     gptq_block: int = Field(default=128, gt=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
     def _servable(self) -> "Recipe":
@@ -67,9 +70,9 @@ class Recipe(BaseModel):
         """Bits of a cached value."""
         return self.kv
 
-    def to_yaml(self) -> str:
-        """The recipe as recipe.yaml holds it."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False)
+    def to_yaml(self, calib: str) -> str:
+        """The recipe as recipe.yaml holds it, with the name of the calibration text."""
+        return yaml.safe_dump({**self.model_dump(), "calib": calib}, sort_keys=False)
 
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -207,6 +207,7 @@ def load_reference(
     arch = find_architecture(config.model_type)
     files = WeightFiles(path)
     network: Any = meta_model(config)
+    network.to(dtype)  # whatever config.json calls the dtype, nothing is rounded on the way in
     state = {}
     blocks = network.get_submodule(arch.blocks)
     if spec is None:

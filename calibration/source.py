@@ -32,6 +32,8 @@ SIDE_FILES = (
 GOLDEN = "golden.safetensors"
 """A checkpoint's self-test, no part of the weights."""
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
 
 class ModelSource:
     """An unquantized model on disk.
@@ -43,8 +45,9 @@ class ModelSource:
     def __init__(self, model: str | Path):
         self.path = resolve_folder(model)
         self.raw_config = read_config(self.path)
-        if "quantization_config" in self.raw_config:
-            method = self.raw_config["quantization_config"].get("quant_method", "unknown")
+        given = self.raw_config.get("quantization_config")
+        if given is not None:
+            method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
             raise UserError(
                 f"{self.path} is already quantized (quant_method '{method}'); start from the original model"
             )
@@ -54,6 +57,12 @@ class ModelSource:
         self.model: Any = meta_model(self.config)
         self.num_blocks: int = self.config.num_hidden_layers
         self._check_names()
+        for name in self.files.names:
+            if self.files.dtype(name) not in FLOATS:
+                raise UserError(
+                    f"{self.path}: tensor {name} is {self.files.dtype(name)}; weights must be float16, bfloat16 "
+                    "or float32, so start from the original model"
+                )
         self.dtype = self.files.dtype(f"{self.arch.blocks}.0.{self.arch.o}.weight")
 
     def _check_names(self) -> None:
@@ -103,7 +112,11 @@ class ModelSource:
         return [
             n
             for n in self.files.names
-            if not n.startswith(self.arch.blocks + ".") and not n.endswith("rotary_emb.inv_freq")
+            if not n.startswith(self.arch.blocks + ".")
+            and not n.endswith("rotary_emb.inv_freq")
+            and not (
+                n == "lm_head.weight" and self.config.tie_word_embeddings
+            )  # a copy of the embedding
         ]
 
 
@@ -163,9 +176,11 @@ class WeightFiles:
         with self._open(self._where[name]) as f:
             return tuple(f.get_slice(name).get_shape())
 
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype."""
-        return self.tensor(name, check=False).dtype
+    def dtype(self, name: str) -> Any:
+        """Stored dtype, without reading the data; the string of safetensors if PyTorch has none for it."""
+        with self._open(self._where[name]) as f:
+            stored = f.get_slice(name).get_dtype()
+        return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(stored, stored)
 
     def tensor(self, name: str, check: bool = True) -> Tensor:
         """The tensor on the CPU; UserError if it holds NaN or inf."""
@@ -205,7 +220,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model")
     try:
         config = json.loads(file.read_text())
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file} is not a JSON object; download it again")
@@ -224,8 +239,13 @@ def load_config(path: Path) -> PreTrainedConfig:
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without weights (on the meta device), with our attention hook and real RoPE tables."""
     config._attn_implementation = ATTENTION
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
-    base: Any = model.model
-    base.rotary_emb = type(base.rotary_emb)(config=config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
+        base: Any = model.model
+        base.rotary_emb = type(base.rotary_emb)(config=config)
+    except (KeyError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"config.json describes no usable model ({error!r}); download it again"
+        ) from None
     return model.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -64,7 +65,11 @@ def quantize(
             f"preset quick: reduced to {recipe.samples} samples of {recipe.seq_len} tokens and "
             f"{recipe.epochs} epochs; use --preset default for accuracy"
         )
-    quantize_with_progress(model, out, recipe, calib, device, overwrite)
+    try:
+        quantize_with_progress(model, out, recipe, calib, device, overwrite)
+    except KeyboardInterrupt:
+        print("flatquant: interrupted; nothing was written", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 @app.command(name="eval")
@@ -124,13 +129,13 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .calibration.errors import UserError
 
+    # A polite stop unwinds as Ctrl-C does, so that nothing half-written stays.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         app()
     except UserError as error:
         fail(str(error))
-    except KeyboardInterrupt:
-        print("flatquant: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

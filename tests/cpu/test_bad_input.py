@@ -2,7 +2,10 @@
 
 import errno
 import json
+import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from tiny_model import make_model, random_tokens
 
 from vllm_flatquant import cli
 from vllm_flatquant.calibration import export
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 
@@ -104,7 +108,7 @@ def test_damaged_config(refuses, model, content):
     refuses("config.json", "download it again")
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", "gemma3", "gpt2", None])
+@pytest.mark.parametrize("model_type", ["mixtral", "gemma3", "gpt2", None, 3])
 def test_unsupported_architecture(refuses, model, model_type):
     edit_config(model, model_type=model_type)
     refuses(f"'{model_type}'", "llama, mistral, qwen2, qwen3")
@@ -279,7 +283,8 @@ def test_no_tokenizer(refuses, tmp_path):
         (("--group-size", 16), "only with 16-bit activations"),
         (("--scheme", "w4a16", "--group-size", 32), "does not divide the input width 48"),
         (("--shards", 4), "use one of 1, 2"),
-        (("--shards", 0), "shards=0"),
+        (("--shards", 3), "shards=3"),
+        (("--seq-len", 129), "beyond the model's context of 128"),
         (("--epochs", -1), "epochs=-1"),
     ],
 )
@@ -302,6 +307,111 @@ def test_out_not_empty(run, refuses, tmp_path, model, calib):
 def test_out_is_a_file(refuses, tmp_path):
     (tmp_path / "out").write_text("keep")
     refuses("is a file")
+
+
+def test_out_never_destroys_the_model(refuses, model, tmp_path):
+    (tmp_path / "link").symlink_to(model)
+    for out in (model, tmp_path / "link", tmp_path):
+        refuses("is or holds the model", options=("--out", out, "--overwrite"))
+    assert (model / "model.safetensors").exists()
+
+
+def test_nothing_of_the_users_is_removed(model, calib, tmp_path):
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0)
+    for name in ("q.partial", "q.old", "q"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("keep")
+    quantize(model, tmp_path / "q", recipe, str(calib), "cpu", overwrite=True)
+    assert (tmp_path / "q.partial" / "mine.txt").exists()
+    assert (tmp_path / "q.old" / "mine.txt").exists()
+    assert not (tmp_path / "q" / "mine.txt").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "calib.npy",
+        "model",
+        "q",
+        "q.old",
+        "q.partial",
+    ]
+
+
+def test_out_may_be_a_link_to_a_folder(run, model, calib, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    quantize(model, tmp_path / "link", make_recipe(samples=4, seq_len=24, epochs=0), str(calib), "cpu")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real" / "config.json").exists()
+
+
+def test_another_run_finished_there_first(model, calib, tmp_path):
+    def appear(_):
+        (tmp_path / "q").mkdir(exist_ok=True)
+        (tmp_path / "q" / "theirs.txt").write_text("keep")
+
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0)
+    with pytest.raises(UserError, match="not empty"):
+        quantize(model, tmp_path / "q", recipe, str(calib), "cpu", on_block=appear)
+    assert [p.name for p in (tmp_path / "q").iterdir()] == ["theirs.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "model", "q"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_in_the_middle_leaves_nothing(model, calib, tmp_path, number):
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_flatquant.cli",
+        "quantize",
+        str(model),
+        "--out",
+        str(tmp_path / "q"),
+    ]
+    options = [
+        "--calib",
+        str(calib),
+        "--samples",
+        "4",
+        "--seq-len",
+        "24",
+        "--epochs",
+        "100000",
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    try:
+        deadline = time.monotonic() + 90
+        while not list(tmp_path.glob(".q.*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "model"]
+
+
+@pytest.mark.parametrize("given", [None, [], "x"])
+def test_quantization_config_of_a_strange_kind(model, calib, given):
+    edit_config(model, quantization_config=given)
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0)
+    if given is None:
+        quantize(model, model.parent / "q", recipe, str(calib), "cpu")
+    else:
+        with pytest.raises(UserError, match="already quantized"):
+            quantize(model, model.parent / "q", recipe, str(calib), "cpu")
+
+
+def test_integer_weights(refuses, model):
+    edit_weights(model, lambda t: t.update({Q: t[Q].to(torch.int8)}))
+    refuses(Q, "I8", "float16, bfloat16 or float32")
+
+
+def test_unusable_config_values(refuses, model):
+    edit_config(model, hidden_act="foo")
+    refuses("no usable model", "foo")
 
 
 @pytest.mark.parametrize(
@@ -408,6 +518,15 @@ def test_golden_missing_or_damaged(inspect_refuses, checkpoint):
     inspect_refuses("no golden.safetensors")
 
 
+def test_golden_of_nan_or_of_another_checkpoint(inspect_refuses, checkpoint):
+    file = checkpoint / "golden.safetensors"
+    golden = load_file(file)
+    save_file({**golden, "top_logits": golden["top_logits"] * torch.nan}, file)
+    inspect_refuses("verify reference: FAILED")
+    save_file({**golden, "input_ids": golden["input_ids"] + 1000}, file)
+    inspect_refuses("does not belong to this checkpoint")
+
+
 def test_inspect_an_unquantized_model(run, model):
     status, _, err = run("inspect", model)
     assert status == 1
@@ -421,6 +540,7 @@ def test_inspect_an_unquantized_model(run, model):
         (("--text", "nope.txt"), "does not exist"),
         (("--tokens", "nope.npy"), "does not exist"),
         (("--tokens", "CALIB", "--seq-len", 1000), "fewer than one window"),
+        (("--tokens", "LONG", "--seq-len", 129), "beyond the model's context of 128"),
         (("--tokens", "CALIB", "--seq-len", 1), "seq_len=1"),
         (("--tokens", "CALIB", "--limit", 0), "limit=0"),
         (("--tokens", "CALIB", "--backend", "onnx"), "backend 'onnx'"),
@@ -430,7 +550,8 @@ def test_inspect_an_unquantized_model(run, model):
 )
 def test_eval_refuses(run, model, calib, tmp_path, options, part):
     np.save(tmp_path / "outside.npy", np.full(16, 999))
-    paths = {"CALIB": calib, "OUTSIDE": tmp_path / "outside.npy"}
+    np.save(tmp_path / "long.npy", np.zeros(200, dtype=np.int64))
+    paths = {"LONG": tmp_path / "long.npy", "CALIB": calib, "OUTSIDE": tmp_path / "outside.npy"}
     status, _, err = run("eval", model, *(paths.get(o, o) for o in options))
     assert status == 1
     assert part in err

@@ -1,4 +1,9 @@
-"""Served perplexity equals the reference backend's, through the command that a user runs."""
+"""Served perplexity equals the reference backend's, through the command that a user runs.
+
+With 4-bit activations one rounding can fall to the other side where the two sum in another order, and the
+rest of that window then differs at random by about 0.2 nat a token. Many short windows average that out:
+0.1% is then more than three standard deviations.
+"""
 
 import json
 import os
@@ -22,11 +27,11 @@ CASES = {
 
 
 def evaluate(folder: Path, backend: str) -> dict:
-    """``flatquant eval --json`` on four windows of held-out text; its last line."""
+    """``flatquant eval --json`` on short windows of held-out text; its last line."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "vllm_flatquant.cli", "eval", str(folder)),
-            *("--text", str(EXAMPLES / "heldout.txt"), "--seq-len", "512", "--limit", "4"),
+            *("--text", str(EXAMPLES / "heldout.txt"), "--seq-len", "64", "--limit", "900"),
             *("--backend", backend, "--json"),
         ],
         capture_output=True,
@@ -45,6 +50,6 @@ def test_served_perplexity_is_the_references(tmp_path, case):
     recipe = make_recipe(samples=16, seq_len=256, epochs=1, **CASES[case])
     out = quantize(EXAMPLES / "tiny-llama", tmp_path / "out", recipe, "stdlib", "cpu")
     served, reference = evaluate(out, "vllm"), evaluate(out, "reference")
-    assert served["tokens"] == reference["tokens"] == 4 * 511
+    assert served["tokens"] == reference["tokens"] == 900 * 63
     assert served["backend"] == "vllm"
     assert served["perplexity"] == pytest.approx(reference["perplexity"], rel=1e-3)

@@ -9,7 +9,7 @@ from ..calibration.errors import UserError
 from ..calibration.evaluate import perplexity, windows
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, read_spec
-from ..calibration.source import resolve_folder
+from ..calibration.source import load_config, resolve_folder
 from .served import perplexity_vllm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -41,6 +41,11 @@ def evaluate(
         raise UserError(f"limit={limit} leaves no window; use 1 or more")
     path = resolve_folder(model)
     rows = windows(evaluation_tokens(path, text, tokens, dataset), seq_len, limit)
+    context = getattr(load_config(path), "max_position_embeddings", seq_len)
+    if seq_len > context:
+        raise UserError(
+            f"seq_len={seq_len} is beyond the model's context of {context} tokens; use --seq-len {context}"
+        )
     if backend == "reference":
         value = perplexity(load_reference(path, choose_device(device), DTYPES[dtype]), rows)
     else:

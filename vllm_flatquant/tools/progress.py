@@ -14,7 +14,7 @@ def quantize_with_progress(
     model: str, out: Path, recipe: Recipe, calib: str, device: str, overwrite: bool
 ) -> Path:
     """``calibration.quantize.quantize`` with its progress on the terminal."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     start = time.monotonic()
     kv = "" if recipe.kv == 16 else f" with a {recipe.kv}-bit KV cache"

@@ -30,6 +30,8 @@ def prompt_logprobs(
     except ImportError:
         raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
     length = len(rows[0])
+    # The one generated token may lie beyond the model's context: it is scored, never read.
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
     engine = LLM(
         model=str(model),
         dtype=dtype,  # type: ignore[arg-type]
