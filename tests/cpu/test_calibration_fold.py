@@ -6,7 +6,7 @@ from tiny_model import ARCHITECTURES, make_model, random_tokens
 
 from vllm_flatquant.calibration.block import TrainableBlock
 from vllm_flatquant.calibration.fold import fold_block, fold_norm
-from vllm_flatquant.calibration.quantize import make_spec
+from vllm_flatquant.calibration.quantize import make_spec, round_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import install_block, load_reference
 from vllm_flatquant.calibration.source import ModelSource
@@ -93,6 +93,31 @@ def test_linear_identity_in_float64(shards, right):
     inverse = [torch.linalg.inv(f).mT if f is not None else None for f in (left, factor)]
     y = kron_wide_ref(x, left, factor) @ kron_wide_ref(w, *inverse).T
     assert ((y - x @ w.T).norm() / (x @ w.T).norm()) < 1e-12
+
+
+def test_biases_everywhere(tmp_path):
+    folder = make_model(tmp_path / "m", "llama", torch.float32, attention_bias=True, mlp_bias=True)
+    original, transformed = folded_model(folder, shards=2)
+    assert (original - transformed).norm() / original.norm() < 1e-6
+
+
+@pytest.mark.parametrize("kv", [16, 8, 4])
+def test_trained_block_computes_what_the_finished_one_does(tmp_path, kv):
+    # Same numbers but for factors rounded to bf16 and the merged norm: a missing piece costs far more.
+    folder = make_model(tmp_path / "m", "llama", torch.float32, attention_bias=True, mlp_bias=True)
+    source = ModelSource(folder)
+    recipe = make_recipe(scheme="w4a8", samples=2, seq_len=24, shards=2, kv=kv)
+    spec = make_spec(source, recipe)
+    x, kwargs = record_inputs(source, random_tokens(2, 24), CPU)
+    layer = source.load_block(0, CPU)
+    exact, stats = collect_stats(layer, source.arch, x, kwargs[0], 2, CPU)
+    block = TrainableBlock(layer, source.arch, recipe, stats, seed=0)
+    trained = run_block(layer, x, kwargs[0], 2, CPU)
+    folded = fold_block(block, source.block_tensors(0))
+    finished = source.load_block(0, CPU)
+    round_block(finished, folded, recipe, spec, source, x, kwargs[0], CPU)
+    served = run_block(finished, x, kwargs[0], 2, CPU)
+    assert (trained - served).norm() < 0.5 * (exact - served).norm()
 
 
 def test_fold_norm_implies_its_own_rounding():

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny_model import ARCHITECTURES, make_model, random_tokens
 
@@ -66,6 +67,38 @@ def test_fp16_and_fp32_models_keep_their_dtype(tmp_path, calib):
         assert tensors["model.norm.weight"].dtype == dtype
         assert tensors["model.layers.0.input_layernorm.weight"].dtype == dtype
         assert "ok" in next(verify_folder(str(out), "reference"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_weights_of_another_dtype_than_the_config_says(tmp_path, calib, stored):
+    model = make_model(tmp_path / "m", dtype=stored)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    out = quantize(model, tmp_path / "out", make_recipe(**SMALL), calib, "cpu")
+    assert "difference 0.0000" in next(verify_folder(str(out), "reference"))
+
+
+def test_tied_embeddings_with_a_stored_lm_head(tmp_path, calib):
+    model = make_model(tmp_path / "m", tie_word_embeddings=True)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    out = quantize(model, tmp_path / "out", make_recipe(**SMALL), calib, "cpu")
+    inspect_folder(str(out))
+    assert "ok" in next(verify_folder(str(out), "reference"))
+
+
+def test_the_card_and_recipe_name_no_path(tmp_path, calib):
+    model = make_model(tmp_path / "secret" / "m")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/me/model"}))
+    out = quantize(model, tmp_path / "out", make_recipe(**SMALL), calib, "cpu")
+    for name in ("README.md", "config.json", "recipe.yaml"):
+        text = (out / name).read_text()
+        assert "/home/me" not in text
+        assert "secret" not in text
+    assert yaml.safe_load((out / "recipe.yaml").read_text())["calib"] == "calib.npy"
+    assert "base_model: m\n" in (out / "README.md").read_text()
 
 
 def test_factors_are_bf16_values_and_w4a16_scales_too(tmp_path, calib):
