@@ -64,15 +64,11 @@ CONFIGS: dict[str, dict] = {
 def machine(device: torch.device) -> dict[str, str]:
     """Columns that say where a row was measured."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu"
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], check=False, capture_output=True, text=True
-    )
     return {
         "device": name,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "version": __version__,
-        "commit": git.stdout.strip() or os.environ.get("COMMIT", "unknown"),
     }
 
 
@@ -80,6 +76,14 @@ def read_tokens(model: str, file: str) -> torch.Tensor:
     """Token ids int64 [n] of a .npy file, or of a text in the model's tokenizer."""
     source = {"tokens": file} if file.endswith(".npy") else {"text": file}
     return evaluation_tokens(Path(model), **{"text": None, "tokens": None, "dataset": None, **source})
+
+
+def commit() -> str:
+    """The commit whose code runs: asked once, at the start, because the tree may move on meanwhile."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
+    )
+    return git.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def run(job: dict) -> list[dict]:
@@ -111,6 +115,7 @@ def run(job: dict) -> list[dict]:
                     "seconds": f"{seconds:.0f}",
                     "peak_memory_gb": f"{peak_memory(device):.2f}",
                     **machine(device),
+                    "commit": job["commit"],
                 }
             )
     return rows
@@ -158,6 +163,7 @@ def main() -> None:
         "seq_len": args.seq_len,
         "limit": args.limit,
         "device": args.device,
+        "commit": commit(),
         "threads": max(1, mp.cpu_count() // args.jobs),
     }
     jobs = [{**common, "config": "unquantized", "seed": 0, "settings": None, "texts": texts}]

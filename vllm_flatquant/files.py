@@ -26,10 +26,14 @@ def tensor_files(folder: Path) -> dict[str, set[str]]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
-            listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"{index} is damaged ({error}); {_AGAIN}") from None
-        files = sorted({folder / name for name in listed.values()})
+            listed = {
+                str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index} is damaged ({error!r}); {_AGAIN}") from None
+        if any(Path(name).name != name for name in listed):
+            raise CheckpointError(f"{index} points outside its folder; {_AGAIN}")
+        files = sorted(folder / name for name in listed)
     else:
         files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -62,6 +66,10 @@ def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:
         needed |= block_tensors(spec, f"model.layers.{i}", sizes)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             needed[f"model.layers.{i}.{norm}.weight"] = (hidden,)
+    needed |= {
+        "model.embed_tokens.weight": (hf_config.vocab_size, hidden),
+        "model.norm.weight": (hidden,),
+    }
     files = tensor_files(folder)
     found = set().union(*files.values())
     missing = [name for name in needed if name not in found]
@@ -77,10 +85,13 @@ def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:
                         f"{name} has shape {list(given)} but config.json says {list(shape)}; {_AGAIN}"
                     )
                 # The packed weights hold integers, and reading them all would cost a second load.
-                if not name.endswith("weight_packed") and not bool(
-                    torch.isfinite(tensors.get_tensor(name)).all()
-                ):
+                if name.endswith("weight_packed"):
+                    continue
+                values = tensors.get_tensor(name)
+                if not bool(torch.isfinite(values).all()):
                     raise CheckpointError(f"{name} contains NaN or inf; {_AGAIN}")
+                if name.endswith(("weight_scale", ".clip")) and not bool((values > 0).all()):
+                    raise CheckpointError(f"{name} contains a value that is not positive; {_AGAIN}")
 
 
 def linear_sizes(hf_config: Any) -> dict[str, tuple[int, int]]:

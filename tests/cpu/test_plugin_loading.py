@@ -61,6 +61,8 @@ def test_missing_tensor_is_named_before_the_engine_starts(tmp_path, name):
     [
         *(name for name in NAMES if not name.endswith(("bias", "packed"))),
         "model.layers.1.post_attention_layernorm.weight",
+        "model.embed_tokens.weight",
+        "model.norm.weight",
     ],
 )
 def test_damaged_tensor_is_named_before_the_engine_starts(tmp_path, name):
@@ -70,6 +72,23 @@ def test_damaged_tensor_is_named_before_the_engine_starts(tmp_path, name):
         engine_config(tmp_path)
     write_checkpoint(tmp_path, QUANTIZED, **{name: tensor / 0})
     with pytest.raises(CheckpointError, match=f"{name} contains NaN or inf; download it again"):
+        engine_config(tmp_path)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith(("weight_scale", ".clip"))])
+def test_scale_that_is_not_positive_is_named_before_the_engine_starts(tmp_path, name):
+    tensor = write_checkpoint(tmp_path, QUANTIZED)[name]
+    tensor.view(-1)[0] = 0
+    write_checkpoint(tmp_path, QUANTIZED, **{name: tensor})
+    with pytest.raises(CheckpointError, match=f"{name} contains a value that is not positive"):
+        engine_config(tmp_path)
+
+
+@pytest.mark.parametrize("listed", [[], 3, {"a": "../elsewhere.safetensors"}])
+def test_damaged_index_is_named_before_the_engine_starts(tmp_path, listed):
+    write_checkpoint(tmp_path, QUANTIZED)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    with pytest.raises(CheckpointError, match=r"index.json (is damaged|points outside its folder)"):
         engine_config(tmp_path)
 
 
