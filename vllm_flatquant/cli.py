@@ -131,7 +131,8 @@ def main() -> None:
 
     # A polite stop unwinds as Ctrl-C does, so that nothing half-written stays.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, _: sys.exit(128 + received))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and shall
+            signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
         app()
     except UserError as error:

@@ -377,7 +377,12 @@ def test_stopped_in_the_middle_leaves_nothing(model, calib, tmp_path, number):
         "--device",
         "cpu",
     ]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *options],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job may ignore SIGINT
+    )
     try:
         deadline = time.monotonic() + 90
         while not list(tmp_path.glob(".q.*")):
