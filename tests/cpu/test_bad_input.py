@@ -377,11 +377,12 @@ def test_stopped_in_the_middle_leaves_nothing(model, calib, tmp_path, number):
         "--device",
         "cpu",
     ]
+    # A background job may ignore SIGINT, and its children with it.
+    wrap = (
+        "import os, signal, sys; signal.signal(2, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
     process = subprocess.Popen(
-        [*command, *options],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a background job may ignore SIGINT
+        [sys.executable, "-c", wrap, *command, *options], stderr=subprocess.PIPE, text=True
     )
     try:
         deadline = time.monotonic() + 90
