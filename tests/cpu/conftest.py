@@ -1,12 +1,49 @@
-"""Tests run on two cores beside others: waiting threads must not spin, and helpers are imported by name."""
+"""Tests run on two cores beside others: waiting threads must not spin, and helpers are imported by name.
+
+Fixtures: a tiny random model, calibration tokens for it, and the command line.
+"""
 
 import os
 import shutil
 import sys
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if shutil.which("g++") is None:
     # vLLM compiles a part of its sampler even when it is told to be eager.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def model(tmp_path):
+    from tiny_model import make_model  # not before the environment above is set
+
+    return make_model(tmp_path / "model")
+
+
+@pytest.fixture
+def calib(tmp_path):
+    import numpy as np
+    from tiny_model import random_tokens
+
+    np.save(tmp_path / "calib.npy", random_tokens(4, 24).numpy())
+    return tmp_path / "calib.npy"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command; (status, stdout, stderr)."""
+    from vllm_flatquant import cli
+
+    def call(*args):
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["flatquant", *map(str, args)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return call

@@ -1,8 +1,10 @@
 """Small random unquantized models of every supported architecture, as folders."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = {
@@ -43,3 +45,17 @@ def make_model(
 def random_tokens(rows: int, length: int, vocabulary: int = SIZES["vocab_size"]) -> torch.Tensor:
     """int64 [rows, length], always the same."""
     return torch.randint(vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def edit_config(model: Path, **changes) -> None:
+    """Change keys of a model folder's config.json."""
+    file = model / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def edit_weights(model: Path, change) -> None:
+    """Let ``change`` edit the dict of a folder's tensors."""
+    file = model / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
