@@ -134,7 +134,16 @@ def main() -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and shall
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:
-        app()
+        try:
+            app()
+        except SystemExit as done:
+            served = sys.modules.get("vllm_flatquant.tools.served")
+            if done.code or served is None or not served.engines_started:
+                raise
+            # vLLM's native threads can abort a finished process on its way out; everything is written.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except UserError as error:
         fail(str(error))
 

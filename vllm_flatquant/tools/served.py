@@ -10,6 +10,9 @@ from torch import Tensor
 
 from ..calibration.errors import UserError
 
+engines_started = 0
+"""In this process; the command line leaves differently after one."""
+
 
 def prompt_logprobs(
     model: str | Path, rows: list[list[int]], dtype: str = "float32", top: int = 0
@@ -29,9 +32,11 @@ def prompt_logprobs(
         from vllm import LLM, SamplingParams
     except ImportError:
         raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
+    global engines_started
     length = len(rows[0])
     # The one generated token may lie beyond the model's context: it is scored, never read.
     os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    engines_started += 1
     engine = LLM(
         model=str(model),
         dtype=dtype,  # type: ignore[arg-type]
@@ -49,6 +54,9 @@ def prompt_logprobs(
     for output in engine.generate(prompts, params, use_tqdm=False):
         entries: list[Any] = [*(output.prompt_logprobs or [])[1:], *(output.outputs[0].logprobs or [])]
         found.append([{token: lp.logprob for token, lp in entry.items()} for entry in entries])
+    # Stopped here, not by the interpreter's exit, where vLLM's threads race with its processes.
+    core: Any = engine.llm_engine.engine_core
+    core.shutdown()
     return found
 
 
