@@ -7,9 +7,9 @@ from tiny_model import ARCHITECTURES, make_model, random_tokens
 from vllm_flatquant.calibration.block import TrainableBlock
 from vllm_flatquant.calibration.fold import fold_block, fold_norm
 from vllm_flatquant.calibration.quantize import make_spec
-from vllm_flatquant.calibration.round_block import round_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import install_block, load_reference
+from vllm_flatquant.calibration.round_block import round_block
 from vllm_flatquant.calibration.source import ModelSource
 from vllm_flatquant.calibration.streams import record_inputs, run_block
 from vllm_flatquant.calibration.train import collect_stats
