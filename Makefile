@@ -78,7 +78,7 @@ test-interpret: $(STAMP_DEV)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret --durations=10
 
 test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed package (PYTHON=, COMMIT=, GPU_CSV=)
-	PYTHONPATH=. $(GPU_PYTHON) .ci/gpu_tests.py --csv $(GPU_CSV) --commit $(COMMIT)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) .ci/gpu_tests.py --csv $(GPU_CSV) --commit $(COMMIT)
 
 readme: ## the results table of README.md, from benchmarks/results
 	$(PYTHON) .ci/readme_table.py

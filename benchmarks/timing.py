@@ -1,6 +1,7 @@
 """Timing shared by the benchmarks: CUDA graph replay over rotating buffers that together exceed the L2."""
 
 import csv
+import os
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -69,11 +70,14 @@ def clocks() -> str:
 
 
 def environment() -> dict[str, str]:
-    """GPU, versions and commit, as every results row carries them."""
+    """GPU, versions and commit, as every results row carries them.
+
+    COMMIT names the commit where there is no git, as in a copy of the tree on another machine.
+    """
     import triton
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    commit = os.environ.get("COMMIT") or subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(),
