@@ -76,9 +76,12 @@ def environment() -> dict[str, str]:
     """
     import triton
 
-    commit = os.environ.get("COMMIT") or subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = (
+        os.environ.get("COMMIT")
+        or subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+    )
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
