@@ -36,14 +36,14 @@ ERROR_ROWS = 16
 
 @dataclass
 class BlockReport:
-    """One line of calibration_log.jsonl. Errors are mean squared, against the full-precision block."""
+    """One line of calibration_log.jsonl. Errors and losses are mean squared, against the
+    full-precision block; a loss is that of one training epoch."""
 
     block: int
     blocks: int
     error_before: float
     error_after: float
-    loss_first_epoch: float
-    loss_last_epoch: float
+    epoch_losses: list[float]
     skipped_steps: int
     gptq_damping: float | None
     seconds: float
@@ -212,8 +212,7 @@ def quantize_block(
         blocks=source.num_blocks,
         error_before=before,
         error_after=after,
-        loss_first_epoch=trained.loss_first,
-        loss_last_epoch=trained.loss_last,
+        epoch_losses=trained.losses,
         skipped_steps=trained.skipped,
         gptq_damping=damping,
         seconds=0.0,

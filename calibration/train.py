@@ -15,10 +15,9 @@ from .streams import run_block
 
 @dataclass
 class TrainReport:
-    """Mean squared error against the full-precision block, first and last epoch, and skipped steps."""
+    """Mean squared error against the full-precision block in each epoch, and skipped steps."""
 
-    loss_first: float
-    loss_last: float
+    losses: list[float]
     skipped: int
 
 
@@ -71,9 +70,9 @@ def train_block(
     steps = max(1, recipe.epochs * -(-len(x) // recipe.batch_size))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr * 1e-3)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    first = last = torch.zeros((), device=device)
+    losses: list[Tensor] = []
     skipped = torch.zeros((), device=device)
-    for epoch in range(recipe.epochs):
+    for _ in range(recipe.epochs):
         total = torch.zeros((), device=device)
         for start in range(0, len(x), recipe.batch_size):
             batch = x[start : start + recipe.batch_size].to(device, non_blocking=True)
@@ -91,8 +90,6 @@ def train_block(
             skipped += ~finite
             schedule.step()
             total += torch.where(finite, loss.detach(), torch.zeros_like(total)) * len(batch)
-        last = total / len(x)
-        if epoch == 0:
-            first = last
+        losses.append(total / len(x))
     block.forget()
-    return TrainReport(float(first), float(last), int(skipped))
+    return TrainReport([float(loss) for loss in losses], int(skipped))

@@ -1,6 +1,5 @@
 """The ``flatquant`` command."""
 
-import json
 import os
 import signal
 import sys
@@ -9,13 +8,14 @@ from typing import Annotated
 
 import typer
 
+from .commands import COMMANDS, DeviceOption
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Quantize models with FlatQuant and check the result. Serve one with `vllm serve DIR`.",
 )
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
 
 
 @app.command()
@@ -72,49 +72,8 @@ def quantize(
         raise SystemExit(130) from None
 
 
-@app.command(name="eval")
-def evaluate(
-    model: Annotated[str, typer.Argument(help="checkpoint folder, or an unquantized model")],
-    text: Annotated[str | None, typer.Option(help="UTF-8 text file")] = None,
-    tokens: Annotated[str | None, typer.Option(help=".npy file of token ids")] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Hugging Face dataset, name or name:config")
-    ] = None,
-    seq_len: Annotated[int, typer.Option(help="tokens per window")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="windows to evaluate [all]")] = None,
-    backend: Annotated[str, typer.Option(help="reference (PyTorch) or vllm")] = "reference",
-    dtype: Annotated[str, typer.Option(help="mathematics outside the integer products")] = "float32",
-    device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
-) -> None:
-    """Perplexity over non-overlapping windows: mean next-token cross entropy of each, exponentiated."""
-    from .tools.evaluation import evaluate as run
-
-    result = run(model, text, tokens, dataset, seq_len, limit, backend, dtype, device)
-    print(
-        f"perplexity {result['perplexity']:.4f} over {result['windows']} windows of {seq_len} tokens "
-        f"({backend}, {dtype})"
-    )
-    if as_json:
-        print(json.dumps(result))
-
-
-@app.command()
-def inspect(
-    folder: Annotated[str, typer.Argument(help="checkpoint folder")],
-    verify: Annotated[bool, typer.Option("--verify", help="replay the golden prompt")] = False,
-    backend: Annotated[
-        str, typer.Option(help="with --verify: reference, vllm, or all that is installed")
-    ] = "all",
-) -> None:
-    """What a checkpoint holds, whether it is complete, and (with --verify) whether it still computes the
-    same."""
-    from .tools.inspection import inspect_folder, verify_folder
-
-    print(inspect_folder(folder))
-    if verify:
-        for line in verify_folder(folder, backend):
-            print(line)
+for name, command in COMMANDS.items():
+    app.command(name=name)(command)
 
 
 def fail(message: str) -> None:

@@ -57,6 +57,7 @@ def test_every_architecture(tmp_path, calib, model_type, rounding):
     assert error(model, out) < 0.7
     log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
     assert [r["block"] for r in log] == [0, 1]
+    assert all(len(r["epoch_losses"]) == SMALL["epochs"] and min(r["epoch_losses"]) > 0 for r in log)
     assert all((r["gptq_damping"] is not None) == (rounding == "gptq") for r in log)
 
 
