@@ -4,22 +4,19 @@
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 from openai import OpenAI
+
+from vllm_flatquant.tools.server import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = Path("examples/tiny-llama")
@@ -66,72 +63,12 @@ def size_mb(folder: Path) -> float:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 1e6
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def stop(server: subprocess.Popen) -> None:
-    """Interrupt the server, then kill what is left of its process group: vLLM's engine is its child."""
-    if server.poll() is None:
-        server.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(timeout=30)
-    with contextlib.suppress(ProcessLookupError):
-        for _ in range(50):
-            os.killpg(server.pid, 0)
-            time.sleep(0.1)
-        os.killpg(server.pid, signal.SIGKILL)
-    server.wait()
-
-
-def wait_until_healthy(server: subprocess.Popen, url: str, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise RuntimeError(f"the server ended with status {server.returncode} before it was ready")
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            if urllib.request.urlopen(f"{url}/health", timeout=5).status == 200:
-                return
-        time.sleep(0.5)
-    raise RuntimeError(f"the server was not ready after {timeout:.0f} s")
-
-
-@contextlib.contextmanager
-def serve(checkpoint: Path, log: Path, timeout: float) -> Iterator[str]:
-    """`vllm serve` on a free local port; yields its address. Its log's end is shown if anything fails."""
-    port = free_port()
-    command = [
-        *(str(BIN / "vllm"), "serve", str(checkpoint), "--quantization", "flatquant"),
-        *("--served-model-name", "tiny-llama", "--host", "127.0.0.1", "--port", str(port)),
-        *("--max-model-len", "1024", "--max-num-seqs", "8"),
-    ]
+def serve_options() -> list[str]:
+    """Options of `vllm serve` for the example model."""
+    options = ["--quantization", "flatquant", "--served-model-name", "tiny-llama"]
+    options += ["--max-model-len", "1024", "--max-num-seqs", "8"]
     # On a CPU compilation takes a minute and a C++ compiler, which so small a model does not repay.
-    if "cpu" in version("vllm"):
-        command.append("--enforce-eager")
-    print("$", "vllm", *command[1:], f"  (log: {log})", flush=True)
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as log_file:
-        server = subprocess.Popen(
-            command,
-            stdout=log_file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        try:
-            wait_until_healthy(server, f"http://127.0.0.1:{port}", timeout)
-            yield f"http://127.0.0.1:{port}"
-        except Exception:
-            log_file.flush()
-            lines = log.read_text(errors="replace").splitlines()
-            print(f"\n-- the end of {log}:", *lines[-60:], sep="\n", file=sys.stderr, flush=True)
-            raise
-        finally:
-            stop(server)
+    return [*options, "--enforce-eager"] if "cpu" in version("vllm") else options
 
 
 def ask(address: str) -> None:
@@ -201,8 +138,10 @@ def main() -> None:
 
     announce("Serve it with vLLM")
     try:
-        with serve(args.out, args.out.parent / "quickstart-server.log", args.timeout) as address:
-            ask(address)
+        log = args.out.parent / "quickstart-server.log"
+        env = {"VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+        with serve(args.out, *serve_options(), log=log, timeout=args.timeout, env=env) as server:
+            ask(server.address)
     except RuntimeError as error:
         sys.exit(f"quick start: {error}")
     print(f"\n== Done in {time.monotonic() - started:.0f} s; the checkpoint is in {args.out}")
