@@ -28,9 +28,9 @@ def model_card(path: Path, named: str, spec: FlatQuantSpec, recipe: Recipe, cali
 {data.to_yaml()}
 ---
 
-# {named}, FlatQuant {spec.scheme.upper()}
+# {named}, {recipe.system} {spec.scheme.upper()}
 
-Quantized by {spec.producer.name} {spec.producer.version} with FlatQuant (arXiv 2410.09426): {recipe.weight_bits}-bit
+Quantized by {spec.producer.name} {spec.producer.version} with {recipe.system} ({recipe.paper}): {recipe.weight_bits}-bit
 weights, {recipe.activation_bits}-bit activations{kv}. Rounding: {recipe.rounding.upper()}. Calibrated on
 {recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs, seed {recipe.seed}; `recipe.yaml` has
 every setting and `calibration_log.jsonl` each block's error.

@@ -1,5 +1,6 @@
 """What to do to a model: one typed recipe, kept in the checkpoint as recipe.yaml."""
 
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import yaml
@@ -15,13 +16,15 @@ SHARDS = (1, 2, 4, 8)
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
-    scheme: w4a4, w4a8 or w4a16. kv: bits of the KV cache. shards: blocks of the o_proj and down_proj
+    system, paper: whose method this is. scheme: w4a4, w4a8 or w4a16. kv: bits of the KV cache. shards: blocks of the o_proj and down_proj
     transforms. samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    system: str = "FlatQuant"
+    paper: str = "arXiv 2410.09426"
     scheme: Literal["w4a4", "w4a8", "w4a16"] = "w4a4"
     kv: Literal[4, 8, 16] = 16
     group_size: int | None = Field(default=None, gt=0)
@@ -70,9 +73,18 @@ class Recipe(BaseModel):
         """Bits of a cached value."""
         return self.kv
 
-    def to_yaml(self, calib: str) -> str:
-        """The recipe as recipe.yaml holds it, with the name of the calibration text."""
-        return yaml.safe_dump({**self.model_dump(), "calib": calib}, sort_keys=False)
+    @property
+    def online(self) -> str:
+        """What the run time does beyond an integer (or weight-only) linear layer, for people."""
+        parts = ["transforms before every layer"]
+        if self.kv < 16:
+            parts.append("on q and k")
+        return ", ".join(parts)
+
+    def to_yaml(self, calib: str | None = None) -> str:
+        """The recipe as recipe.yaml holds it, with the name of the calibration text if given."""
+        settings = self.model_dump() if calib is None else {**self.model_dump(), "calib": calib}
+        return yaml.safe_dump(settings, sort_keys=False)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -90,4 +102,8 @@ def make_recipe(**settings: Any) -> Recipe:
         first = error.errors()[0]
         name = ".".join(map(str, first["loc"])) or "recipe"
         given = "" if not first["loc"] else f"={settings.get(str(first['loc'][0]))!r}"
+        if first["type"] == "extra_forbidden":
+            close = get_close_matches(name, Recipe.model_fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else "docs/recipes.md lists the settings"
+            raise UserError(f"{name}{given}: a recipe has no such setting; {hint}") from None
         raise UserError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None

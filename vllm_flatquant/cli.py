@@ -22,51 +22,67 @@ app = typer.Typer(
 def quantize(
     model: Annotated[str, typer.Argument(help="folder or Hugging Face name of the unquantized model")],
     out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint folder to make")],
-    scheme: Annotated[str, typer.Option(help="w4a4, w4a8 or w4a16")] = "w4a4",
-    kv: Annotated[int, typer.Option(help="bits of the KV cache: 16, 8 or 4")] = 16,
-    rounding: Annotated[str, typer.Option(help="rtn or gptq")] = "rtn",
-    group_size: Annotated[int | None, typer.Option(help="weights per scale (w4a16 only)")] = None,
-    shards: Annotated[int, typer.Option(help="tensor-parallel sizes that divide this can serve")] = 1,
+    recipe: Annotated[
+        str, typer.Option(help="a name that `flatquant recipes` lists, or a YAML file")
+    ] = "flatquant-w4a4",
+    scheme: Annotated[str | None, typer.Option(help="w4a4, w4a8 or w4a16 [recipe]")] = None,
+    kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
+    rounding: Annotated[str | None, typer.Option(help="rtn or gptq [recipe]")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="weights per scale (w4a16 only) [recipe]")
+    ] = None,
+    shards: Annotated[
+        int | None, typer.Option(help="tensor-parallel sizes that divide this can serve [recipe]")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help="default, or quick (reduced: for trying things out)")
     ] = "default",
-    samples: Annotated[int | None, typer.Option(help="calibration rows [preset]")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="tokens per row [preset]")] = None,
-    epochs: Annotated[int | None, typer.Option(help="training epochs per block [preset]")] = None,
+    samples: Annotated[int | None, typer.Option(help="calibration rows [preset or recipe]")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="tokens per row [preset or recipe]")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="training epochs per block [preset or recipe]")
+    ] = None,
     calib: Annotated[
-        str, typer.Option(help="FILE.txt, FILE.jsonl, FILE.npy, stdlib or a dataset name")
-    ] = "stdlib",
+        str | None,
+        typer.Option(help="FILE.txt, FILE.jsonl, FILE.npy, stdlib or a dataset name [recipe, stdlib]"),
+    ] = None,
     device: DeviceOption = "auto",
-    seed: int = 0,
+    seed: Annotated[int | None, typer.Option(help="of every random choice [recipe]")] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="replace a folder that is not empty")
     ] = False,
 ) -> None:
     """Turn a model into a 4-bit checkpoint, block by block."""
-    from .calibration.recipe import PRESETS, make_recipe
+    from .calibration.recipe import PRESETS
+    from .calibration.recipes import choose_recipe
     from .tools.progress import quantize_with_progress
 
     if preset not in PRESETS:
         fail(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
-    given = {"samples": samples, "seq_len": seq_len, "epochs": epochs}
-    settings = {
-        **PRESETS[preset],
-        **{k: v for k, v in given.items() if v is not None},
-        "scheme": scheme.lower(),
+    given = {
+        "scheme": scheme.lower() if scheme else None,
         "kv": kv,
-        "rounding": rounding.lower(),
+        "rounding": rounding.lower() if rounding else None,
         "group_size": group_size,
         "shards": shards,
+        "samples": samples,
+        "seq_len": seq_len,
+        "epochs": epochs,
         "seed": seed,
     }
-    recipe = make_recipe(**settings)
+    chosen = choose_recipe(
+        recipe, **{**PRESETS[preset], **{k: v for k, v in given.items() if v is not None}}
+    )
+    settings = chosen.recipe
     if preset == "quick":
         print(
-            f"preset quick: reduced to {recipe.samples} samples of {recipe.seq_len} tokens and "
-            f"{recipe.epochs} epochs; use --preset default for accuracy"
+            f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens and "
+            f"{settings.epochs} epochs; use --preset default for accuracy"
         )
     try:
-        quantize_with_progress(model, out, recipe, calib, device, overwrite)
+        quantize_with_progress(
+            model, out, settings, calib or chosen.calib or "stdlib", device, overwrite
+        )
     except KeyboardInterrupt:
         print("flatquant: interrupted; nothing was written", file=sys.stderr)
         raise SystemExit(130) from None

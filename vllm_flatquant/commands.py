@@ -52,5 +52,20 @@ def inspect(
             print(line)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"eval": evaluate, "inspect": inspect}
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="show the settings of this one")] = None,
+) -> None:
+    """List the named recipes; with a name (or file), every setting of that one as YAML, to edit and pass to
+    `quantize --recipe`."""
+    from .calibration.recipes import choose_recipe
+    from .tools.listing import recipe_table, recipe_yaml
+
+    print(recipe_yaml(choose_recipe(name)) if name else recipe_table())
+
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "eval": evaluate,
+    "inspect": inspect,
+    "recipes": recipes,
+}
 """Name on the command line -> function; typer reads its signature."""

@@ -1,0 +1,120 @@
+"""Named recipes: published systems as settings of one pipeline, and how a name or a YAML file becomes one.
+
+``flatquant recipes`` lists them, docs/recipes.md explains them. A system is added by adding an entry.
+"""
+
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import UserError
+from .recipe import Recipe, make_recipe
+
+DEFAULT = "flatquant-w4a4"
+"""What ``flatquant quantize`` does if no recipe is asked for."""
+
+
+@dataclass(frozen=True)
+class NamedRecipe:
+    """One entry of the registry.
+
+    summary: what it learns and when to choose it, one line. settings: fields of ``Recipe`` that differ from
+    their defaults; ``system`` and ``paper`` are among them.
+    """
+
+    summary: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def recipe(self) -> Recipe:
+        """The entry as a checked recipe."""
+        return make_recipe(**self.settings)
+
+
+FLATQUANT: dict[str, NamedRecipe] = {
+    "flatquant-w4a4": NamedRecipe("learned Kronecker transforms and clips; the default"),
+    "flatquant-w4a4-gptq": NamedRecipe(
+        "as flatquant-w4a4, then GPTQ; the better one with enough calibration text", {"rounding": "gptq"}
+    ),
+    "flatquant-w4a4kv4": NamedRecipe("as flatquant-w4a4 with a 4-bit KV cache", {"kv": 4}),
+    "flatquant-w4a4kv4-gptq": NamedRecipe(
+        "as flatquant-w4a4-gptq with a 4-bit KV cache", {"kv": 4, "rounding": "gptq"}
+    ),
+    "flatquant-w4a4kv8": NamedRecipe("as flatquant-w4a4 with an 8-bit KV cache", {"kv": 8}),
+    "flatquant-w4a8": NamedRecipe(
+        "8-bit activations: as fast as w4a4 where the GPU multiplies int8, and more accurate",
+        {"scheme": "w4a8"},
+    ),
+    "flatquant-w4a8-gptq": NamedRecipe(
+        "as flatquant-w4a8, then GPTQ", {"scheme": "w4a8", "rounding": "gptq"}
+    ),
+    "flatquant-w4a16": NamedRecipe("weights only, for few tokens at a time", {"scheme": "w4a16"}),
+    "flatquant-w4a16-gptq": NamedRecipe(
+        "as flatquant-w4a16, then GPTQ", {"scheme": "w4a16", "rounding": "gptq"}
+    ),
+    "flatquant-w4a16-g128-gptq": NamedRecipe(
+        "as flatquant-w4a16-gptq with a scale for every 128 weights",
+        {"scheme": "w4a16", "rounding": "gptq", "group_size": 128},
+    ),
+}
+
+RECIPES: dict[str, NamedRecipe] = {**FLATQUANT}
+"""Name -> recipe, in the order in which they are listed."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A recipe, the registry name it is based on, and the calibration text that its file names, if any."""
+
+    recipe: Recipe
+    base: str
+    calib: str | None = None
+
+
+def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
+    """The recipe called ``name``, or of the YAML file ``name``, with ``overrides`` in place of its settings.
+
+    A file holds settings of ``Recipe``, and may name a registry entry under ``base`` whose settings it
+    changes, and a calibration text under ``calib``. A checkpoint's recipe.yaml is such a file. Raises
+    UserError naming what is unknown, with what comes close.
+    """
+    settings, base, calib = {}, name, None
+    if name not in RECIPES:
+        settings = _read(name)
+        base = settings.pop("base", DEFAULT)
+        calib = settings.pop("calib", None)
+        if not isinstance(base, str) or base not in RECIPES:
+            raise UserError(f"{name}: base: {_unknown(str(base))}")
+        if calib is not None and not isinstance(calib, str):
+            raise UserError(f"{name}: calib must be the name of a text, not {calib!r}")
+    recipe = make_recipe(**{**RECIPES[base].settings, **settings, **overrides})
+    return Chosen(recipe, base, calib)
+
+
+def _unknown(name: str) -> str:
+    close = get_close_matches(name, RECIPES, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return f"there is no recipe '{name}'; {hint}`flatquant recipes` lists them"
+
+
+def _read(name: str) -> dict[str, Any]:
+    """The settings of a YAML file; UserError if there is none, or it holds something else."""
+    file = Path(name)
+    if not file.is_file():
+        if file.suffix in (".yaml", ".yml") or file.name != name:
+            raise UserError(f"recipe file {name} does not exist; give a file or a name")
+        raise UserError(_unknown(name))
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(
+            f"recipe file {name} is not YAML ({why}); write one `key: value` a line"
+        ) from None
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(
+            f"recipe file {name} holds no settings; write one `key: value` a line, such as `epochs: 5`"
+        )
+    return settings

@@ -1,0 +1,97 @@
+"""Named recipes: the registry, YAML files on top of it, and the options on top of both."""
+
+import json
+
+import pytest
+import yaml
+
+from vllm_flatquant.calibration.errors import UserError
+from vllm_flatquant.calibration.recipe import Recipe
+from vllm_flatquant.calibration.recipes import DEFAULT, RECIPES, choose_recipe
+
+
+@pytest.fixture
+def write(tmp_path):
+    def call(text):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        return str(file)
+
+    return call
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_entry_is_a_recipe_that_its_yaml_gives_back(name, write):
+    recipe = RECIPES[name].recipe()
+    assert recipe.scheme in name
+    assert ("kv" in name) == (recipe.kv < 16)
+    assert recipe.system.lower().split("+")[0] in name
+    assert choose_recipe(write(recipe.to_yaml("text"))).recipe == recipe
+    assert RECIPES[name].summary and not RECIPES[name].summary.endswith(".")
+
+
+def test_the_default_recipe_is_the_defaults():
+    assert choose_recipe().recipe == RECIPES[DEFAULT].recipe() == Recipe()
+
+
+def test_file_over_base_and_options_over_file(write):
+    file = write("base: flatquant-w4a4-gptq\nepochs: 3\nseed: 7\ncalib: wiki.txt\n")
+    chosen = choose_recipe(file, epochs=5)
+    assert (chosen.recipe.rounding, chosen.recipe.epochs, chosen.recipe.seed) == ("gptq", 5, 7)
+    assert (chosen.base, chosen.calib) == ("flatquant-w4a4-gptq", "wiki.txt")
+    assert choose_recipe("flatquant-w4a16", kv=8).recipe == Recipe(scheme="w4a16", kv=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base: flatquant-w4a5\n", "no recipe 'flatquant-w4a5'; did you mean flatquant-w4a"),
+        ("base: [1]\n", "no recipe"),
+        ("epoch: 3\n", "epoch=3: .* did you mean epochs"),
+        ("epochs: many\n", "epochs='many'"),
+        ("calib: 3\n", "calib must be"),
+        ("- epochs\n", "holds no settings"),
+        ("", "holds no settings"),
+        ("3: 4\n", "holds no settings"),
+        ("epochs: [1\n", "is not YAML"),
+        ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
+    ],
+)
+def test_bad_file(write, text, message):
+    with pytest.raises(UserError, match=message):
+        choose_recipe(write(text))
+
+
+def test_bad_names():
+    with pytest.raises(UserError, match="did you mean flatquant-w4a4"):
+        choose_recipe("flatquant-w4a4x")
+    with pytest.raises(UserError, match="no recipe 'zzz'; `flatquant recipes` lists them"):
+        choose_recipe("zzz")
+    with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
+        choose_recipe("nowhere.yaml")
+
+
+def test_commands(run, model, calib, tmp_path):
+    status, out, _ = run("recipes")
+    assert status == 0
+    assert all(any(line.startswith(f"{name} ") for line in out.splitlines()) for name in RECIPES)
+    status, out, _ = run("recipes", "flatquant-w4a4kv4")
+    assert status == 0 and Recipe(**yaml.safe_load(out)) == RECIPES["flatquant-w4a4kv4"].recipe()
+    status, _, err = run("recipes", "flatquant-w4a4kv5")
+    assert status == 1 and "did you mean" in err
+
+    options = ("--samples", 4, "--seq-len", 24, "--epochs", 0)
+    args = ("quantize", model, "--calib", calib)
+    status, _, err = run(*args, "--out", tmp_path / "a", "--recipe", "flatquant-w4a8", *options)
+    assert status == 0, err
+    again = tmp_path / "a" / "recipe.yaml"
+    status, _, err = run(*args, "--out", tmp_path / "b", "--recipe", again)
+    assert status == 0, err
+    assert (tmp_path / "b" / "recipe.yaml").read_text() == again.read_text()
+    spec = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    assert spec["activations"]["bits"] == 8
+    for name in ("model.safetensors", "golden.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+    status, _, err = run(*args, "--out", tmp_path / "c", "--recipe", "flatquant-w4a5")
+    assert status == 1 and "did you mean" in err and not (tmp_path / "c").exists()
