@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .jit import register, tl, triton
-from .kron import fused, load_factors, plan, prefetch, rows, transform
+from .kron import fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
@@ -30,6 +30,14 @@ def _silu(x, ASM: tl.constexpr):
         return x / (1.0 + tl.exp(-x))
 
 
+@triton.jit
+def _load(x_ptr, token, t, stride_x, k, inside):
+    """Gate and up of one token, zero past the last."""
+    row = x_ptr + token * tl.cast(stride_x, tl.int64)
+    mask = inside & (tl.full(inside.shape, token, tl.int32) < t)
+    return tl.load(row, mask=mask, other=0.0), tl.load(row + k, mask=mask, other=0.0)
+
+
 @triton.jit(do_not_specialize=["t"])
 def _silu_mul_kron_quant_kernel(
     x_ptr,  # [T, 2*K]: gate, then up; rows stride_x apart
@@ -49,7 +57,7 @@ def _silu_mul_kron_quant_kernel(
     R: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # the next token is loaded into registers while this one is transformed
     THREADS: tl.constexpr,
     ASM: tl.constexpr,
 ):
@@ -63,13 +71,14 @@ def _silu_mul_kron_quant_kernel(
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    x_ptr += at
+    next_gate, next_up = _load(x_ptr, tl.program_id(0), t, stride_x, k, inside)
     for token in range(tl.program_id(0), t, tl.num_programs(0)):
-        later = token + tl.num_programs(0)
-        prefetch(x_ptr + shard * a * b, later, t, stride_x, a * b, AHEAD, THREADS)
-        prefetch(x_ptr + k + shard * a * b, later, t, stride_x, a * b, AHEAD, THREADS)
-        row = x_ptr + token * tl.cast(stride_x, tl.int64)
-        gate = tl.load(row + at, mask=inside, other=0.0)
-        up = tl.load(row + k + at, mask=inside, other=0.0)
+        if AHEAD:
+            gate, up = next_gate, next_up
+            next_gate, next_up = _load(x_ptr, token + tl.num_programs(0), t, stride_x, k, inside)
+        else:
+            gate, up = _load(x_ptr, token, t, stride_x, k, inside)
         x = (_silu(gate.to(tl.float32), ASM) * up.to(tl.float32)).to(gate.dtype)
         if not WIDE:
             x = tl.inline_asm_elementwise(
