@@ -18,6 +18,7 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -31,6 +32,7 @@ def main() -> None:
         tensor_parallel_size=arguments.tensor_parallel_size,
         enforce_eager=arguments.enforce_eager,
         dtype=arguments.dtype,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
         max_model_len=128,
         max_num_seqs=8,
         skip_tokenizer_init=True,

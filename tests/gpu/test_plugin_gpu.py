@@ -61,7 +61,7 @@ def test_engine_follows_the_reference(tmp_path, bits, kv_bits):
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     done = subprocess.run(
-        [*command, "--dtype=bfloat16"],
+        [*command, "--dtype=bfloat16", "--gpu-memory-utilization=0.2"],
         input=json.dumps(prompts),
         env=environment,
         capture_output=True,
