@@ -71,6 +71,11 @@ class Deployment:
         """Whether named checkpoint tensors reach the layers before their weights are processed."""
         return self.load_format not in ("dummy", "sharded_state")
 
+    @property
+    def dummy(self) -> bool:
+        """Whether weights are made up (``--load-format dummy``)."""
+        return self.load_format == "dummy"
+
 
 def deployment(vllm_config: Any = None) -> Deployment:
     """The options of ``vllm_config``, by default of the run that is being built."""

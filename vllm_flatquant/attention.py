@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import _compat, ops
 from ._compat import Attention, BaseKVCacheMethod
+from .dummy import fill_dummy
 from .errors import UnsupportedError
 from .loading import ExpectedTensors
 from .sites import ATTENTION_NAMES, attention_shapes, checkpoint_name
@@ -65,7 +66,7 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
                 "quantize the model again with --kv 16"
             )
         self._expected = ExpectedTensors(prefix)
-        self._strict = _compat.deployment().loads_tensors
+        self._deployment = _compat.deployment()
         kv, head_dim = self._spec.kv, int(layer.head_size)
         if self._spec.sites.k not in (None, head_dim):
             raise UnsupportedError(
@@ -88,13 +89,15 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
 
     def check_loaded(self, layer: Any) -> None:
         """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""
-        if self._strict:
+        if self._deployment.loads_tensors:
             self._expected.require_all()
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Raises CheckpointError as ``check_loaded`` does."""
         super().process_weights_after_loading(layer)
         self.check_loaded(layer)
+        if self._deployment.dummy:
+            fill_dummy(layer)
 
 
 def _copy(parameter: nn.Parameter, loaded: Tensor) -> None:

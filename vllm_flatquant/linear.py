@@ -16,6 +16,7 @@ from ._compat import (
     register_weight_loader_v2_supported_method,
 )
 from .backend import LayerShape, make_runtime
+from .dummy import fill_dummy
 from .errors import CheckpointError, UnsupportedError
 from .loading import ExpectedTensors
 from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, site_shapes
@@ -83,7 +84,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
             params_dtype,
         )
         self._expected = ExpectedTensors(prefix)
-        self._strict = _compat.deployment().loads_tensors
+        self._deployment = _compat.deployment()
 
         parts = _compat.output_parts(layer)
         groups = input_size // group
@@ -157,7 +158,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
         """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""
         if layer.bias is None:
             self._expected.forget("bias")
-        if self._strict:
+        if self._deployment.loads_tensors:
             self._expected.require_all()
 
     def process_weights_after_loading(self, layer: Any) -> None:
@@ -168,6 +169,8 @@ class FlatQuantLinearMethod(LinearMethodBase):
         if not hasattr(self, "_expected"):
             return  # a second call, on weights that are processed already
         self.check_loaded(layer)
+        if self._deployment.dummy:
+            fill_dummy(layer)
         for name in FACTOR_NAMES:
             value = getattr(layer, name)
             if value is not None:

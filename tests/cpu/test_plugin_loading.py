@@ -1,5 +1,6 @@
 """The strict loader: each damaged checkpoint is refused with a sentence that names the tensor."""
 
+import gc
 import json
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from vllm_flatquant.config import FlatQuantConfig
 from vllm_flatquant.errors import CheckpointError, UnsupportedError
 
-from .tiny_checkpoint import Recipe, write_checkpoint
+from .tiny_checkpoint import _MADE, Recipe, write_checkpoint
 from .vllm_model import engine_config, load_model
 
 QUANTIZED = Recipe("Qwen2", k_bits=4, v_bits=4, shards=2)
@@ -211,8 +212,30 @@ def test_config_that_does_not_fit_its_spec_is_refused(tmp_path, changes, match, 
         load_model(tmp_path)
 
 
-def test_dummy_weights_need_no_checkpoint_tensors(tmp_path):
+def test_dummy_weights_are_random_codes_and_orthogonal_transforms(tmp_path):
     write_checkpoint(tmp_path, QUANTIZED)
     (tmp_path / "model.safetensors").unlink()
-    layer = load_model(tmp_path, load_format="dummy").model.layers[0].mlp.down_proj
-    assert torch.isfinite(layer(torch.randn(4, 192))[0]).all()
+    block = load_model(tmp_path, load_format="dummy").model.layers[0]
+    down, attention = block.mlp.down_proj, block.self_attn.attn
+    assert down.weight_codes.unique().tolist() == list(range(-8, 8))
+    assert (down.weight_scale > 0).all() and (down.transform_clip == 1).all()
+    assert (attention.v_transform_clip == 1).all()
+    for matrices in (down.transform_left, down.transform_right, attention.k_transform_matrix[None]):
+        product = matrices @ matrices.mT
+        torch.testing.assert_close(
+            product, torch.eye(product.shape[-1]).expand_as(product), rtol=0, atol=0.02
+        )
+    torch.testing.assert_close(attention.k_transform_inverse_t, attention.k_transform_matrix)
+    out = down(torch.randn(4, 192))[0]
+    assert torch.isfinite(out).all() and out.abs().max() > 0
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_nothing_holds_on_to_the_checkpoints_layout(tmp_path, bits):
+    write_checkpoint(tmp_path, Recipe(bits=bits))
+    _MADE.clear()  # the checkpoint's own tensors
+    model = load_model(tmp_path)
+    gc.collect()
+    tensors = [item for item in gc.get_objects() if type(item) in (torch.Tensor, torch.nn.Parameter)]
+    assert any(tensor is model.model.norm.weight for tensor in tensors)
+    assert [list(tensor.shape) for tensor in tensors if tensor.dtype == torch.uint8] == []
