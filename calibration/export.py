@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from ..spec import FlatQuantSpec
 from .errors import UserError
-from .source import SIDE_FILES
+from .source import SIDE_FILES, folder_file
 
 SHARD_BYTES = 5 * 1000**3
 """Largest shard, the hub's default."""
@@ -83,7 +83,7 @@ class CheckpointWriter:
         """config.json with the spec, and the source's tokenizer, generation and licence files."""
         for pattern in SIDE_FILES:
             for file in source.glob(pattern):
-                shutil.copyfile(file, self.folder / file.name)
+                shutil.copyfile(folder_file(source, file.name), self.folder / file.name)
         config = {**config, "quantization_config": spec.model_dump()}
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
 

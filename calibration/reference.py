@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..errors import CheckpointError, UnsupportedError
+from ..files import check_tensors, head_size
 from ..kernels.kron import kron_ref
 from ..kernels.kron_quant import kron_quant_ref
 from ..kernels.pack import unpack_int4
 from ..kernels.quantize import dequantize_weight_ref, fake_quant_kv_ref
 from ..kernels.w4_gemm import w4_gemm_ref
-from ..sites import block_tensors
+from ..sites import check_head_dim, checkpoint_shapes
 from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
@@ -144,12 +146,15 @@ def install_block(
     """Replace a decoder layer's linears, norms and KV hook by the finished ones, in place.
 
     tensors: a block's checkpoint tensors by relative name. weights: linears that are not rounded yet
-    [out, in]; for these ``weight_packed`` is not looked up. Returns the sites by name.
+    [out, in]; for these ``weight_packed`` is not looked up. A linear that ``ignore`` names is left as it is,
+    with its weight from ``tensors``. Returns the sites by name.
     """
     weights = weights or {}
     owner = {"qkv": arch.attention, "o": arch.attention, "gate_up": arch.mlp, "down": arch.mlp}
-    sites = {}
+    sites, quantized = {}, []
     for group, name in zip(arch.groups, SITES, strict=True):
+        if f"{group[0]}.weight" in tensors:
+            continue
         prefix = f"{owner[name]}.{name}_transform"
         left = tensors.get(f"{prefix}.head" if name == "o" else f"{prefix}.left")
         right = tensors.get(f"{prefix}.right")
@@ -162,8 +167,8 @@ def install_block(
                 codes = unpack_int4(tensors[f"{linear}.weight_packed"])
                 new = ReferenceLinear(sites[name], bias, codes, tensors[f"{linear}.weight_scale"])
             set_submodule(layer, linear, new)
+            quantized.append(f"{linear}.")
     layer.flatquant_sites = nn.ModuleDict(sites)
-    quantized = {f"{n}." for n in arch.linears}
     with torch.no_grad():
         for name, parameter in list(layer.named_parameters()):
             if name in tensors and not any(name.startswith(q) for q in quantized):
@@ -205,7 +210,7 @@ def load_reference(
     spec = read_spec(path)
     config = load_config(path)
     arch = find_architecture(config.model_type)
-    files = WeightFiles(path)
+    files = check_checkpoint(path, config, spec) if spec is not None else WeightFiles(path)
     network: Any = meta_model(config)
     network.to(dtype)  # whatever config.json calls the dtype, nothing is rounded on the way in
     state = {}
@@ -213,7 +218,6 @@ def load_reference(
     if spec is None:
         state = {n: files.tensor(n) for n in network.state_dict() if n in files}
     else:
-        check_tensors(path, files, checkpoint_shapes(config, spec, arch))
         for i, layer in enumerate(blocks):
             prefix = f"{arch.blocks}.{i}."
             names = [n for n in files.names if n.startswith(prefix)]
@@ -234,33 +238,17 @@ def load_reference(
     return network.to(device).eval()
 
 
-def checkpoint_shapes(
-    config: PreTrainedConfig, spec: FlatQuantSpec, arch: Architecture
-) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this spec must have."""
+def check_checkpoint(path: Path, config: PreTrainedConfig, spec: FlatQuantSpec) -> WeightFiles:
+    """The weights of a checkpoint folder; UserError that names the first missing, unknown, misshapen or
+    mistyped tensor, or what ``ignore`` cannot name."""
+    arch = find_architecture(config.model_type)
+    files = WeightFiles(path)
     shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
     if getattr(config, "tie_word_embeddings", False):
         shapes.pop("lm_head.weight", None)
-    for i in range(config.num_hidden_layers):
-        prefix = f"{arch.blocks}.{i}."
-        for linear in arch.linears:
-            out, width = shapes.pop(f"{prefix}{linear}.weight")
-            groups = width // (spec.weights.group_size or width)
-            shapes[f"{prefix}{linear}.weight_packed"] = (out, width // 2)
-            shapes[f"{prefix}{linear}.weight_scale"] = (out, groups)
-        transforms = block_tensors(spec, prefix.removesuffix("."))
-        shapes.update({n: shape for n, shape in transforms.items() if shape is not None})
-    return shapes
-
-
-def check_tensors(path: Path, files: WeightFiles, expected: dict[str, tuple[int, ...]]) -> None:
-    """UserError that names the first missing, unknown or misshapen tensor of a checkpoint."""
-    found = set(files.names)
-    fix = "the checkpoint is damaged, copy it again or make it again with `flatquant quantize`"
-    for kind, names in (("lacks", set(expected) - found), ("has unknown", found - set(expected))):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"{path} {kind} tensor {min(names)}{more}; {fix}")
-    for name, shape in expected.items():
-        if files.shape(name) != shape:
-            raise UserError(f"{path}: tensor {name} has shape {files.shape(name)}, not {shape}; {fix}")
+    try:
+        check_head_dim(spec, head_size(config))
+        check_tensors(path, files.stored, checkpoint_shapes(spec, shapes, arch.blocks))
+    except (CheckpointError, UnsupportedError) as error:
+        raise UserError(str(error)) from None
+    return files

@@ -11,6 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from ..errors import CheckpointError
+from ..files import check_sizes, file_inside, first_line, stored_tensors, weight_files
 from .architectures import Architecture, find_architecture
 from .attention import ATTENTION
 from .errors import UserError
@@ -125,72 +127,61 @@ class WeightFiles:
 
     def __init__(self, path: Path):
         self.path = path
-        shards = sorted(f for f in path.glob("*.safetensors") if f.name != GOLDEN)
-        if not shards:
-            if list(path.glob("*.bin")) or list(path.glob("*.pt")) or list(path.glob("*.pth")):
-                raise UserError(
-                    f"{path} has only pickle weights (.bin, .pt), which can run code when read; convert "
-                    "them to safetensors (save_pretrained does) and try again"
-                )
-            raise UserError(f"{path} has no .safetensors weights; download the model again")
-        index = path / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                listed = set(json.loads(index.read_text())["weight_map"].values())
-            except (ValueError, KeyError, AttributeError, TypeError) as error:
-                raise UserError(
-                    f"{index} is not a safetensors index ({error}); download it again"
-                ) from None
-            for name in sorted(listed):
-                if Path(name).name != name:
-                    raise UserError(
-                        f"{index} points outside its folder ({name}); download the model again"
-                    )
-                if not (path / name).exists():
-                    raise UserError(
-                        f"{path} lacks {name}, which its index lists; download the model again"
-                    )
-            shards = [path / n for n in sorted(listed)]
-        self._where: dict[str, Path] = {}
-        for shard in shards:
-            with self._open(shard) as f:
-                self._where.update({name: shard for name in f.keys()})  # noqa: SIM118
-
-    @staticmethod
-    def _open(shard: Path) -> Any:
         try:
-            return safe_open(shard, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard} cannot be read ({error}); download it again") from None
+            files = weight_files(path, skip={GOLDEN})
+            if not files:
+                raise UserError(_no_weights(path))
+            self.stored = stored_tensors(path, skip={GOLDEN})
+        except CheckpointError as error:
+            raise UserError(str(error)) from None
 
     @property
     def names(self) -> list[str]:
         """Every tensor name, sorted."""
-        return sorted(self._where)
+        return sorted(self.stored)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self.stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape, without reading the data."""
-        with self._open(self._where[name]) as f:
-            return tuple(f.get_slice(name).get_shape())
+        return self.stored[name].shape
 
     def dtype(self, name: str) -> Any:
         """Stored dtype, without reading the data; the string of safetensors if PyTorch has none for it."""
-        with self._open(self._where[name]) as f:
-            stored = f.get_slice(name).get_dtype()
+        stored = self.stored[name].dtype
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(stored, stored)
 
     def tensor(self, name: str, check: bool = True) -> Tensor:
         """The tensor on the CPU; UserError if it holds NaN or inf."""
-        with self._open(self._where[name]) as f:
-            tensor = f.get_tensor(name)
+        file = self.stored[name].file
+        try:
+            with safe_open(file, framework="pt") as f:
+                tensor = f.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} cannot be read ({first_line(error)}); download it again") from None
         if check and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(
-                f"{self._where[name]}: tensor {name} holds NaN or inf; the model is damaged, download it again"
+                f"{file}: tensor {name} holds NaN or inf; the model is damaged, download it again"
             )
         return tensor
+
+
+def _no_weights(path: Path) -> str:
+    if any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
+        return (
+            f"{path} has only pickle weights (.bin, .pt), which can run code when read; convert "
+            "them to safetensors (save_pretrained does) and try again"
+        )
+    return f"{path} has no .safetensors weights; download the model again"
+
+
+def folder_file(path: Path, name: str) -> Path:
+    """The file ``name`` of a model folder; UserError if it is a link out of the folder."""
+    try:
+        return file_inside(path, name)
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
 
 
 def resolve_folder(model: str | Path) -> Path:
@@ -215,7 +206,7 @@ def resolve_folder(model: str | Path) -> Path:
 
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dict; UserError if there is none or it is no JSON object."""
-    file = path / "config.json"
+    file = folder_file(path, "config.json")
     if not file.exists():
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model")
     try:
@@ -230,10 +221,16 @@ def read_config(path: Path) -> dict[str, Any]:
 def load_config(path: Path) -> PreTrainedConfig:
     """Transformers' config of a folder; UserError with its complaint if it has one."""
     try:
-        return AutoConfig.from_pretrained(path)
+        check_sizes(read_config(path))
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except CheckpointError as error:
+        raise UserError(f"{path}/{error}") from None
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}/config.json is not a usable model config ({why})") from None
+        raise UserError(
+            f"{path}/config.json is not a usable model config ({first_line(error)}); download it again"
+        ) from None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from ._compat import Attention, BaseKVCacheMethod
 from .dummy import fill_dummy
 from .errors import UnsupportedError
 from .loading import ExpectedTensors
-from .sites import ATTENTION_NAMES, attention_shapes, checkpoint_name
+from .sites import ATTENTION_NAMES, attention_shapes, check_head_dim, checkpoint_name
 from .spec import FlatQuantSpec
 
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "half", "float32", "float")
@@ -67,12 +67,8 @@ class FlatQuantKVCacheMethod(BaseKVCacheMethod):
             )
         self._expected = ExpectedTensors(prefix)
         self._deployment = _compat.deployment()
-        kv, head_dim = self._spec.kv, int(layer.head_size)
-        if self._spec.sites.k not in (None, head_dim):
-            raise UnsupportedError(
-                f"{prefix} has head_dim {head_dim} but quantization_config.sites.k is {self._spec.sites.k}; "
-                "config.json was changed, quantize the model again"
-            )
+        kv = self._spec.kv
+        check_head_dim(self._spec, int(layer.head_size), prefix)
         shapes = attention_shapes(self._spec)
         for name, tensor in ATTENTION_NAMES.items():
             if name not in shapes:

@@ -21,7 +21,7 @@ from .choice import choose_backend
 from .errors import UnsupportedError
 from .files import check_files
 from .linear import FlatQuantLinearMethod, tensor_parallel_message
-from .sites import ignored_parts, rename_rules, site_of
+from .sites import ignored_parts, is_quantized, rename_rules, site_of
 from .spec import QUANT_METHOD, FlatQuantSpec, parse_spec
 
 
@@ -119,16 +119,9 @@ class FlatQuantConfig(QuantizationConfig):
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         site = site_of(prefix)
-        ignored = ignored_parts(self.spec, prefix)
-        if not ignored and site is not None:
+        if site is not None and is_quantized(self.spec, prefix):
             return FlatQuantLinearMethod(self.spec, site, self.backend.name)
-        if site is not None and len(ignored) < len(site.parts):
-            raise UnsupportedError(
-                f"quantization_config.ignore lists {', '.join(ignored)} but not all of "
-                f"{', '.join(site.parts)} of {prefix}, which vLLM fuses into one layer; "
-                "quantize again with all or none of them ignored"
-            )
-        if not ignored:
+        if not ignored_parts(self.spec, prefix):
             raise UnsupportedError(
                 f"{prefix} is a linear layer that FlatQuant does not quantize; "
                 "use a supported model (Llama, Mistral, Qwen2, Qwen3) or list the layer in ignore"

@@ -1,10 +1,14 @@
-"""A look at a checkpoint's files before the engine starts: what is missing or damaged is named at once.
+"""A checkpoint's files, before anything is built from them: what is missing, unknown, damaged or outside
+the folder is named at once.
 
-Names and shapes are checked here, and that scales, transforms and norms are finite; the loader checks
-every tensor again as it comes.
+Names, types and shapes are checked here, and that scales, transforms, norms and biases are finite; the
+loader checks every tensor again as it comes.
 """
 
+import copy
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,100 +16,209 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError
-from .sites import block_tensors
+from .sites import check_head_dim, checkpoint_shapes
 from .spec import FlatQuantSpec
 
-_AGAIN = "download it again or quantize the model again"
+INDEX = "model.safetensors.index.json"
+AGAIN = "download it again or quantize the model again"
+
+LARGEST_SIZES = {
+    "num_hidden_layers": 1000,
+    "num_attention_heads": 1 << 16,
+    "num_key_value_heads": 1 << 16,
+    "head_dim": 1 << 16,
+    "hidden_size": 1 << 22,
+    "intermediate_size": 1 << 22,
+    "vocab_size": 1 << 28,
+}
+"""Sizes of config.json beyond which it is damaged: building a model from them would take all memory."""
+
+_FLOATS = ("F32", "BF16", "F16")
 
 
-def tensor_files(folder: Path) -> dict[str, set[str]]:
-    """The safetensors files of a folder with the names of their tensors.
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as a safetensors header gives it: its file, shape, and dtype in safetensors' words."""
 
-    Raises CheckpointError for a file that is missing, cut off or not safetensors.
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def file_inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of a model's folder, which need not exist.
+
+    Raises CheckpointError if it lies elsewhere, by its name or through a link. The files of a snapshot in
+    the Hugging Face cache, links to the blobs beside it, belong to their folder.
     """
-    index = folder / "model.safetensors.index.json"
+    file = folder / name
+    try:
+        home, target = folder.resolve(), file.resolve()
+        homes = [home]
+        if home.parent.name == "snapshots":
+            homes.append((home.parent.parent / "blobs").resolve())
+        inside = Path(name).name == name and any(target.is_relative_to(h) for h in homes)
+        file.exists()  # raises for names that no file can have
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: {name[:80]!r} is no usable file name ({type(error).__name__}); {AGAIN}"
+        ) from None
+    if not inside:
+        raise CheckpointError(
+            f"{folder}: {name[:80]!r} points outside its folder; copy the file there, or {AGAIN}"
+        )
+    return file
+
+
+def weight_files(folder: Path, skip: Collection[str] = ()) -> list[Path]:
+    """The safetensors files that an index lists, or without an index all of the folder's but ``skip``.
+
+    Raises CheckpointError for an index that is damaged or lists a file outside the folder or one that is
+    not there; returns an empty list if there are none and no index.
+    """
+    index = file_inside(folder, INDEX)
     if index.is_file():
         try:
-            listed = {
-                str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index} is damaged ({error!r}); {_AGAIN}") from None
-        if any(Path(name).name != name for name in listed):
-            raise CheckpointError(f"{index} points outside its folder; {_AGAIN}")
-        files = sorted(folder / name for name in listed)
+            listed = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = [file_inside(folder, name) for name in listed]
+        except CheckpointError as error:
+            raise CheckpointError(f"{INDEX} of {error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{index} is damaged ({type(error).__name__}); {AGAIN}") from None
+        if not files:
+            raise CheckpointError(f"{index} is damaged (it lists nothing); {AGAIN}")
     else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no safetensors files; {_AGAIN}")
-    found: dict[str, set[str]] = {}
+        found = sorted(file.name for file in folder.glob("*.safetensors"))
+        files = [file_inside(folder, name) for name in found if name not in skip]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{file} is missing; {_AGAIN}")
+            raise CheckpointError(f"{folder} lacks {file.name}, which its index lists; {AGAIN}")
+    return files
+
+
+def stored_tensors(folder: Path, skip: Collection[str] = ()) -> dict[str, StoredTensor]:
+    """Every tensor of ``weight_files``, from the headers alone.
+
+    Raises CheckpointError also if there is no such file, or one cannot be read.
+    """
+    files = weight_files(folder, skip)
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors files; {AGAIN}")
+    found: dict[str, StoredTensor] = {}
+    for file in files:
         try:
             with safe_open(file, "pt") as tensors:
-                found[str(file)] = set(tensors.keys())
+                for name in tensors.keys():  # noqa: SIM118
+                    header = tensors.get_slice(name)
+                    found[name] = StoredTensor(file, tuple(header.get_shape()), str(header.get_dtype()))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error}); {_AGAIN}") from None
+            raise CheckpointError(f"{file} cannot be read ({first_line(error)}); {AGAIN}") from None
     return found
 
 
-def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:
-    """Raise CheckpointError naming a tensor of a decoder block that ``folder`` lacks, or that has the
-    wrong shape, NaN or inf.
+def first_line(error: Exception) -> str:
+    """What ``error`` says, cut to what fits into a sentence."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
-    hf_config: the model's Transformers config. A config without the usual sizes is not checked.
+
+def check_sizes(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if a size of a model config is no number from 1 to ``LARGEST_SIZES``."""
+    for key, largest in LARGEST_SIZES.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
+            raise CheckpointError(
+                f"config.json: {key} is {str(value)[:40]}, not a number from 1 to {largest}; {AGAIN}"
+            )
+
+
+def check_tensors(
+    folder: Path, found: Mapping[str, StoredTensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError naming the first tensor that is missing, unknown, misshapen or mistyped.
+
+    Not in ``expected`` and harmless: the rotary tables of old models, and a tied head's own copy.
     """
+    missing = [name for name in expected if name not in found]
+    unknown = sorted(
+        name
+        for name in found.keys() - expected.keys()
+        if name != "lm_head.weight" and not name.endswith("rotary_emb.inv_freq")
+    )
+    for kind, names in (("lacks", missing), ("has unknown", unknown)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise CheckpointError(f"{folder} {kind} tensor {names[0][:200]!s}{more}; {AGAIN}")
+    for name, shape in expected.items():
+        stored = found[name]
+        if stored.shape != shape:
+            raise CheckpointError(
+                f"{folder}: {name} has shape {list(stored.shape)} but config.json says {list(shape)}; {AGAIN}"
+            )
+        if stored.dtype not in _legal_types(name):
+            raise CheckpointError(
+                f"{folder}: {name} is {stored.dtype} but must be {_legal_types(name)[0]}; {AGAIN}"
+            )
+
+
+def _legal_types(name: str) -> tuple[str, ...]:
+    if name.endswith(".weight_packed"):
+        return ("U8", "I8")
+    if name.endswith(".weight_scale") or "_transform." in name:
+        return ("F32",)
+    return _FLOATS
+
+
+def model_shapes(hf_config: Any) -> dict[str, tuple[int, ...]] | None:
+    """Name and shape of each tensor of the unquantized model, built without memory.
+
+    hf_config: its Transformers config. None if Transformers cannot build a model from it.
+    """
+    from transformers import AutoModelForCausalLM
+
     try:
-        sizes = linear_sizes(hf_config)
-        blocks, hidden = int(hf_config.num_hidden_layers), int(hf_config.hidden_size)
-    except (AttributeError, TypeError):
+        with torch.device("meta"):
+            # Building changes the config, and this one is vLLM's.
+            model = AutoModelForCausalLM.from_config(copy.deepcopy(hf_config), trust_remote_code=False)
+    except Exception:  # noqa: BLE001 - vLLM names what is wrong with such a config, or knows the model
+        return None
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def head_size(hf_config: Any) -> int:
+    """head_dim of a Transformers config; hidden_size over heads if it has none."""
+    given = getattr(hf_config, "head_dim", None)
+    return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:
+    """Raise CheckpointError naming a tensor that ``folder`` lacks, that does not belong there, or that has
+    the wrong shape or type, NaN or inf; UnsupportedError if ``ignore`` names a part of a fused layer.
+
+    hf_config: the model's Transformers config. Of a model that Transformers cannot build only the files
+    are checked.
+    """
+    check_sizes(hf_config.to_dict())
+    found = stored_tensors(folder)
+    shapes = model_shapes(hf_config)
+    if shapes is None:
         return
-    needed: dict[str, tuple[int, ...] | None] = {}
-    for i in range(blocks):
-        needed |= block_tensors(spec, f"model.layers.{i}", sizes)
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            needed[f"model.layers.{i}.{norm}.weight"] = (hidden,)
-    needed |= {
-        "model.embed_tokens.weight": (hf_config.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
-    files = tensor_files(folder)
-    found = set().union(*files.values())
-    missing = [name for name in needed if name not in found]
-    if missing:
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise CheckpointError(f"{folder} lacks {missing[0]}{more}; {_AGAIN}")
-    for file, names in files.items():
+    check_head_dim(spec, head_size(hf_config))
+    if getattr(hf_config, "tie_word_embeddings", False):
+        shapes.pop("lm_head.weight", None)
+    check_tensors(folder, found, checkpoint_shapes(spec, shapes))
+    for file in sorted({stored.file for stored in found.values()}):
         with safe_open(file, "pt") as tensors:
-            for name in sorted(names & needed.keys()):
-                shape, given = needed[name], tuple(tensors.get_slice(name).get_shape())
-                if shape is not None and given != shape:
-                    raise CheckpointError(
-                        f"{name} has shape {list(given)} but config.json says {list(shape)}; {_AGAIN}"
-                    )
+            for name in tensors.keys():  # noqa: SIM118
                 # The packed weights hold integers, and reading them all would cost a second load.
                 if name.endswith("weight_packed"):
                     continue
                 values = tensors.get_tensor(name)
                 if not bool(torch.isfinite(values).all()):
-                    raise CheckpointError(f"{name} contains NaN or inf; {_AGAIN}")
+                    raise CheckpointError(f"{folder}: {name} contains NaN or inf; {AGAIN}")
                 if name.endswith(("weight_scale", ".clip")) and not bool((values > 0).all()):
-                    raise CheckpointError(f"{name} contains a value that is not positive; {_AGAIN}")
-
-
-def linear_sizes(hf_config: Any) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of each linear part of a decoder block. Raises AttributeError if a size is absent."""
-    hidden, intermediate = hf_config.hidden_size, hf_config.intermediate_size
-    heads = hf_config.num_attention_heads
-    kv_heads = getattr(hf_config, "num_key_value_heads", None) or heads
-    head_dim = getattr(hf_config, "head_dim", None) or hidden // heads
-    return {
-        "q_proj": (heads * head_dim, hidden),
-        "k_proj": (kv_heads * head_dim, hidden),
-        "v_proj": (kv_heads * head_dim, hidden),
-        "o_proj": (hidden, heads * head_dim),
-        "gate_proj": (intermediate, hidden),
-        "up_proj": (intermediate, hidden),
-        "down_proj": (hidden, intermediate),
-    }
+                    raise CheckpointError(
+                        f"{folder}: {name} contains a value that is not positive; {AGAIN}"
+                    )

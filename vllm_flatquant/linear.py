@@ -17,32 +17,10 @@ from ._compat import (
 )
 from .backend import LayerShape, make_runtime
 from .dummy import fill_dummy
-from .errors import CheckpointError, UnsupportedError
+from .errors import UnsupportedError
 from .loading import ExpectedTensors
-from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, site_shapes
+from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, factor_shapes
 from .spec import FlatQuantSpec
-
-
-def factor_shapes(
-    spec: FlatQuantSpec, site: Site, layer: str, inputs: int
-) -> dict[str, tuple[int, ...]]:
-    """Whole shapes of the transform parameters of ``layer``, which has ``inputs`` inputs over all ranks.
-
-    Returns parameter -> shape, leaving out those that the checkpoint does not have. Raises
-    CheckpointError if the spec's sizes do not fit.
-    """
-    shapes = site_shapes(spec, site)
-    shards = spec.shards if site.row_parallel else 1
-    left, right = (shapes.get(name, (0, 1))[1] for name in ("transform_left", "transform_right"))
-    # The o site's second factor is the identity on head_dim, whatever that is.
-    exact = site.name != "o" and "transform_left" in shapes
-    if inputs % (shards * left * right) or (exact and inputs != shards * left * right):
-        sizes = getattr(spec.sites, site.name)
-        raise CheckpointError(
-            f"{layer} has {inputs} inputs, which quantization_config (shards={shards}, "
-            f"sites.{site.name}={sizes}) does not fit; config.json was changed, quantize the model again"
-        )
-    return shapes
 
 
 @register_weight_loader_v2_supported_method

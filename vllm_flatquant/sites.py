@@ -4,8 +4,10 @@ vLLM fuses q/k/v and gate/up into one module each, and that module's input is a 
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .errors import CheckpointError, UnsupportedError
 from .spec import FlatQuantSpec
 
 
@@ -79,6 +81,37 @@ def site_shapes(spec: FlatQuantSpec, site: Site) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def factor_shapes(
+    spec: FlatQuantSpec, site: Site, layer: str, inputs: int
+) -> dict[str, tuple[int, ...]]:
+    """Whole shapes of the transform parameters of ``layer``, which has ``inputs`` inputs over all ranks.
+
+    Returns parameter -> shape, leaving out those that the checkpoint does not have. Raises
+    CheckpointError if the spec's sizes do not fit.
+    """
+    shapes = site_shapes(spec, site)
+    shards = spec.shards if site.row_parallel else 1
+    left, right = (shapes.get(name, (0, 1))[1] for name in ("transform_left", "transform_right"))
+    # The o site's second factor is the identity on head_dim, whatever that is.
+    exact = site.name != "o" and "transform_left" in shapes
+    if inputs % (shards * left * right) or (exact and inputs != shards * left * right):
+        sizes = getattr(spec.sites, site.name)
+        raise CheckpointError(
+            f"{layer} has {inputs} inputs, which quantization_config (shards={shards}, "
+            f"sites.{site.name}={sizes}) does not fit; config.json was changed, quantize the model again"
+        )
+    return shapes
+
+
+def check_head_dim(spec: FlatQuantSpec, head_dim: int, layer: str = "the model") -> None:
+    """Raise CheckpointError if K's transform is not of ``head_dim``."""
+    if spec.sites.k not in (None, head_dim):
+        raise CheckpointError(
+            f"{layer} has head_dim {head_dim} but quantization_config.sites.k is {spec.sites.k}; "
+            "config.json was changed, quantize the model again"
+        )
+
+
 def attention_shapes(spec: FlatQuantSpec) -> dict[str, tuple[int, ...]]:
     """The parameters that an attention module has for its KV cache, with their shapes."""
     clips: dict[int, tuple[int, ...]] = {8: (1,), 4: (2,)}
@@ -104,30 +137,84 @@ def ignored_parts(spec: FlatQuantSpec, prefix: str) -> list[str]:
     ]
 
 
+def is_quantized(spec: FlatQuantSpec, prefix: str) -> bool:
+    """Whether the module ``prefix``, which has a site, is quantized: ``ignore`` names none of its parts.
+
+    Raises UnsupportedError if it names some and not all, since one input is transformed for all.
+    """
+    site = site_of(prefix)
+    ignored = ignored_parts(spec, prefix)
+    if site is None or not ignored:
+        return site is not None
+    if len(ignored) < len(site.parts):
+        raise UnsupportedError(
+            f"quantization_config.ignore lists {', '.join(ignored)} but not all of "
+            f"{', '.join(site.parts)} of {prefix}, which vLLM fuses into one layer; "
+            "quantize again with all or none of them ignored"
+        )
+    return False
+
+
 def block_tensors(
     spec: FlatQuantSpec, block: str, sizes: dict[str, tuple[int, int]] | None = None
 ) -> dict[str, tuple[int, ...] | None]:
     """The tensors, biases aside, that the quantized modules of ``block`` (a prefix) must have.
 
     sizes: (outputs, inputs) of each part. Returns name -> shape; None for weights where sizes is None.
+    Raises UnsupportedError if ``ignore`` names a part of a fused module only, CheckpointError if the spec's
+    sizes do not fit ``sizes``.
     """
     tensors: dict[str, tuple[int, ...] | None] = {}
     for site in SITES:
         prefix = f"{block}.{site.module}"
-        if ignored_parts(spec, prefix):
+        if not is_quantized(spec, prefix):
             continue
         for part in site.parts:
             packed, scale = (checkpoint_name(prefix, f"{part}.{kind}") for kind in WEIGHT_TENSORS)
             tensors[packed] = tensors[scale] = None
             if sizes is not None:
                 outputs, inputs = sizes[part]
+                group = spec.weights.group_size or inputs
+                if inputs % group:
+                    raise CheckpointError(
+                        f"{packed} has {inputs} columns, not a multiple of weights.group_size {group}; "
+                        "config.json was changed, quantize the model again"
+                    )
                 tensors[packed] = (outputs, inputs // 2)
-                tensors[scale] = (outputs, inputs // (spec.weights.group_size or inputs))
-        for parameter, shape in site_shapes(spec, site).items():
+                tensors[scale] = (outputs, inputs // group)
+        if sizes is None:
+            factors = site_shapes(spec, site)
+        else:
+            factors = factor_shapes(spec, site, prefix, sizes[site.parts[0]][1])
+        for parameter, shape in factors.items():
             tensors[checkpoint_name(prefix, factor_name(site, parameter))] = shape
     for parameter, shape in attention_shapes(spec).items():
         tensors[f"{block}.self_attn.{ATTENTION_NAMES[parameter]}"] = shape
     return tensors
+
+
+def checkpoint_shapes(
+    spec: FlatQuantSpec, model: Mapping[str, tuple[int, ...]], blocks: str = "model.layers"
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint.
+
+    model: the same of the unquantized model. blocks: the prefix of its decoder blocks. Raises as
+    ``block_tensors``.
+    """
+    shapes = dict(model)
+    first = len(blocks.split("."))
+    numbers = {name.split(".")[first] for name in model if name.startswith(f"{blocks}.")}
+    for block in (f"{blocks}.{number}" for number in numbers):
+        sizes: dict[str, tuple[int, int]] = {}
+        for site in SITES:
+            prefix = f"{block}.{site.module}"
+            if is_quantized(spec, prefix):
+                for part in site.parts:
+                    outputs, inputs = shapes.pop(checkpoint_name(prefix, f"{part}.weight"))
+                    sizes[part] = (outputs, inputs)
+        tensors = block_tensors(spec, block, sizes)
+        shapes |= {name: shape for name, shape in tensors.items() if shape is not None}
+    return shapes
 
 
 def rename_rules() -> dict[re.Pattern[str], str]:

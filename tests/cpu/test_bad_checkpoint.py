@@ -86,7 +86,7 @@ def test_checkpoint_has_a_wrong_shape(inspect_refuses, checkpoint):
     edit_weights(
         checkpoint, lambda t: t.update({"model.layers.0.mlp.down_transform.left": torch.eye(3)[None]})
     )
-    inspect_refuses("model.layers.0.mlp.down_transform.left", "(1, 3, 3)", "(1, 8, 8)")
+    inspect_refuses("model.layers.0.mlp.down_transform.left", "[1, 3, 3]", "[1, 8, 8]")
 
 
 def test_golden_missing_or_damaged(inspect_refuses, checkpoint):

@@ -9,10 +9,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..calibration.architectures import find_architecture
 from ..calibration.errors import UserError
-from ..calibration.reference import check_tensors, checkpoint_shapes, load_reference, read_spec
-from ..calibration.source import GOLDEN, WeightFiles, load_config, resolve_folder
+from ..calibration.reference import check_checkpoint, load_reference, read_spec
+from ..calibration.source import GOLDEN, folder_file, load_config, resolve_folder
 from ..choice import choose_backend
 from .served import prompt_logprobs
 
@@ -31,8 +30,7 @@ def inspect_folder(folder: str) -> str:
     if spec is None:
         raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
     config = load_config(path)
-    files = WeightFiles(path)
-    check_tensors(path, files, checkpoint_shapes(config, spec, find_architecture(config.model_type)))
+    files = check_checkpoint(path, config, spec)
     size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     capability = None
     if torch.cuda.is_available():
@@ -73,7 +71,7 @@ def verify_folder(folder: str, backend: str) -> Iterator[str]:
     path = resolve_folder(folder)
     if backend not in ("all", "reference", "vllm"):
         raise UserError(f"backend '{backend}' is unknown; use reference, vllm or all")
-    file = path / GOLDEN
+    file = folder_file(path, GOLDEN)
     if not file.exists():
         raise UserError(f"{path} has no {GOLDEN}; copy it again from where the checkpoint was made")
     try:
