@@ -18,6 +18,7 @@ from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites
 from .block import TrainableBlock, check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
+from .endtoend import LATENT, DistillReport, distill, finished_hidden
 from .errors import UserError
 from .export import CheckpointWriter, check_out
 from .factors import factor_pair
@@ -127,6 +128,7 @@ def quantize(
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
     reports: list[BlockReport] = []
+    finished: list[dict[str, Tensor]] = []
     try:
         with CheckpointWriter(out, overwrite) as writer:
             x, kwargs = record_inputs(source, tokens, where)
@@ -138,19 +140,33 @@ def quantize(
                     source, i, recipe, spec, x, x_q, kwargs[i], where
                 )
                 report.seconds = time.monotonic() - start
-                writer.add({source.block_prefix(i) + n: t for n, t in tensors.items()})
+                finished.append(tensors)
+                if not recipe.distill_epochs:
+                    writer.add({source.block_prefix(i) + n: t for n, t in finished.pop().items()})
                 reports.append(report)
                 if on_block:
                     on_block(report)
                 if on_progress:
                     on_progress((i + 1) / source.num_blocks)
-            writer.add({n: source.files.tensor(n) for n in source.other_names()})
+            others = {n: source.files.tensor(n) for n in source.other_names()}
+            log: list[BlockReport | DistillReport] = list(reports)
+            if recipe.distill_epochs:
+                finished, changed, last = distill(
+                    source, finished, tokens, recipe, spec, where, on_progress
+                )
+                others |= changed
+                log.append(last)
+                x_q = finished_hidden(source, finished, tokens[:1], spec, where)
+                for i, tensors in enumerate(finished):
+                    writer.add({source.block_prefix(i) + n: t for n, t in tensors.items()})
+            writer.add(others)
             config = {k: v for k, v in source.raw_config.items() if k != "_name_or_path"}  # a local path
             writer.write_side_files(source.path, config, spec)
             writer.write_text("recipe.yaml", recipe.to_yaml(public_name(calib)))
-            log = "".join(json.dumps(asdict(r)) + "\n" for r in reports)
-            writer.write_text("calibration_log.jsonl", log)
-            (writer.folder / GOLDEN).write_bytes(save(golden(source, tokens[0], x_q[0], where)))
+            writer.write_text(
+                "calibration_log.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in log)
+            )
+            (writer.folder / GOLDEN).write_bytes(save(golden(source, others, tokens[0], x_q[0], where)))
             writer.write_text(
                 "README.md",
                 model_card(source.path, public_name(model), spec, recipe, public_name(calib)),
@@ -207,6 +223,8 @@ def quantize_block(
     tensors, damping = round_block(finished, folded, recipe, spec, source, x_q, kwargs, device)
     after = block_error(finished, x[few], target[few], kwargs, size, device)
     x_q = run_block(finished, x_q, kwargs, size, device)
+    if recipe.distill_epochs:
+        tensors |= {n + LATENT: w.float() for n, w in folded.weights.items()}
     report = BlockReport(
         block=index,
         blocks=source.num_blocks,
@@ -242,20 +260,25 @@ def peak_memory(device: torch.device) -> float:
 
 @torch.no_grad()
 def golden(
-    source: ModelSource, tokens: Tensor, hidden: Tensor, device: torch.device
+    source: ModelSource,
+    others: dict[str, Tensor],
+    tokens: Tensor,
+    hidden: Tensor,
+    device: torch.device,
 ) -> dict[str, Tensor]:
     """A prompt and the finished model's top logits in float32, for ``flatquant inspect --verify``.
 
-    tokens: int64 [T]. hidden: output of the last finished block [T, hidden].
+    others: the checkpoint's tensors outside the blocks. tokens: int64 [T]. hidden: output of the last
+    finished block [T, hidden].
     Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
     """
-    model, files = source.model, source.files
+    model = source.model
     n = min(GOLDEN_TOKENS, len(tokens))
     base = source.arch.blocks.rpartition(".")[0]
     norm = type(model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps).to(device)
-    norm.weight.copy_(files.tensor(f"{base}.norm.weight"))
-    head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
-    logits = norm(hidden[:n].to(device)) @ files.tensor(head).to(device, torch.float32).T
+    norm.weight.copy_(others[f"{base}.norm.weight"])
+    head = "lm_head.weight" if "lm_head.weight" in others else f"{base}.embed_tokens.weight"
+    logits = norm(hidden[:n].to(device)) @ others[head].to(device, torch.float32).T
     top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
     return {
         "input_ids": tokens[:n].clone(),

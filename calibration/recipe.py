@@ -19,6 +19,8 @@ class Recipe(BaseModel):
     system, paper: whose method this is. scheme: w4a4, w4a8 or w4a16. kv: bits of the KV cache. shards: blocks of the o_proj and down_proj
     transforms. samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
+    distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
+    distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -40,6 +42,10 @@ class Recipe(BaseModel):
     diag: bool = True
     diag_alpha: float = Field(default=0.3, ge=0, le=1)
     weight_clip: bool = True
+    distill_epochs: int = Field(default=0, ge=0)
+    distill_lr: float = Field(default=1e-3, gt=0)
+    distill_weight_lr: float = Field(default=1e-2, ge=0)
+    distill_generated: int = Field(default=0, ge=0)
     gptq_damping: float = Field(default=0.01, gt=0)
     gptq_block: int = Field(default=128, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**31)

@@ -1,0 +1,237 @@
+"""The last stage: train the whole finished checkpoint against the full-precision model's logits.
+
+Loss: KL(full precision || quantized) of the next-token distributions, mean over tokens (knowledge distillation,
+arXiv 1503.02531; for quantized language models LLM-QAT, arXiv 2305.17888). Everything that the checkpoint holds
+moves: on-line factors, clips, norms, weight scales, KV matrices and, through straight-through rounding, the
+integer codes. All blocks are in memory at once, so this is for models that fit.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..spec import FlatQuantSpec
+from .recipe import Recipe
+from .reference import install_block, load_reference
+from .source import ModelSource
+from .streams import batches, record_inputs, run_block
+from .student import StudentBlock, Tunable
+
+LATENT = ".latent"
+"""Suffix of a linear's weight before rounding, among a block's tensors, while a last stage needs it."""
+WARMUP = 0.05
+"""Part of the steps over which the rate rises."""
+PROMPT = 32
+"""Tokens of a calibration row that the model continues."""
+
+
+@dataclass
+class DistillReport:
+    """Mean KL divergence in nats per token, first and last epoch, and skipped steps."""
+
+    kl_first_epoch: float
+    kl_last_epoch: float
+    skipped_steps: int
+
+
+class Head(nn.Module):
+    """Final norm and lm_head in float32; the norm's weight is trainable, the head's is not."""
+
+    weight: Tensor
+
+    def __init__(self, source: ModelSource, device: torch.device):
+        super().__init__()
+        files, base = source.files, source.arch.blocks.rpartition(".")[0]
+        self.name = f"{base}.norm.weight"
+        norm = files.tensor(self.name)
+        self.gain = Tunable(norm.to(device), "log", None if norm.dtype == torch.float32 else norm.dtype)
+        head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
+        self.register_buffer("weight", files.tensor(head).to(device, torch.float32))
+        self.norm = type(source.model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps)
+        self.norm.weight.requires_grad_(False)
+        self.dtype = norm.dtype
+        self.to(device)
+
+    def forward(self, hidden: Tensor, gain: Tensor) -> Tensor:
+        """Logits [..., vocabulary] of hidden [..., hidden]."""
+        normed = torch.func.functional_call(self.norm, {"weight": gain}, (hidden,))
+        return F.linear(normed, self.weight)
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean over tokens of KL(softmax(teacher) || softmax(student)), logits [..., vocabulary]."""
+    log_student, log_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
+    total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return total / (student.numel() // student.shape[-1])
+
+
+@torch.no_grad()
+def teacher_stream(
+    source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device
+) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
+    """First input and last hidden state of the full-precision model [N, T, hidden], and the blocks' arguments."""
+    x, kwargs = record_inputs(source, tokens, device)
+    first = x = x.to(device)
+    for i in range(source.num_blocks):
+        x = run_block(source.load_block(i, device), x, kwargs[i], recipe.batch_size, device)
+    return first, x, kwargs
+
+
+@torch.no_grad()
+def generated_tokens(
+    source: ModelSource, tokens: Tensor, count: int, seed: int, device: torch.device
+) -> Tensor:
+    """``count`` rows int64 [count, T] that the full-precision model samples (LLM-QAT's data, temperature 1).
+
+    Each row continues a piece of ``PROMPT`` tokens from tokens [N, T], drawn by ``seed``; nothing but the model
+    and the calibration text goes in.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    length = min(PROMPT, tokens.shape[1] // 2)
+    rows = torch.randint(len(tokens), (count,), generator=draw)
+    starts = torch.randint(tokens.shape[1] - length + 1, (count,), generator=draw)
+    prompts = torch.stack(
+        [tokens[r, s : s + length] for r, s in zip(rows.tolist(), starts.tolist(), strict=True)]
+    )
+    network: Any = load_reference(source.path, device)
+    network.generation_config = GenerationConfig()  # no end of text: rows are full
+    network.config.eos_token_id = None
+    wanted = GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=tokens.shape[1] - length, pad_token_id=0
+    )
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        parts = [network.generate(p, generation_config=wanted) for p in batches(prompts, 256, device)]
+    return torch.cat(parts).cpu()
+
+
+def make_students(
+    source: ModelSource, blocks: list[dict[str, Tensor]], spec: FlatQuantSpec, device: torch.device
+) -> list[StudentBlock]:
+    """Trainable blocks of the tensors of finished ones (latent weights under ``LATENT`` names)."""
+    scale_dtype = None
+    if spec.activations.bits == 16:
+        scale_dtype = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    students = []
+    for i, tensors in enumerate(blocks):
+        latents = {n.removesuffix(LATENT): t for n, t in tensors.items() if n.endswith(LATENT)}
+        kept = {n: t for n, t in tensors.items() if not n.endswith(LATENT)}
+        layer = source.load_block(i, device)
+        students.append(StudentBlock(layer, kept, latents, spec, source.arch, scale_dtype))
+    return students
+
+
+def parameter_groups(students: nn.ModuleList, head: Head, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: latent weights (in quantization steps), clips, and the rest."""
+    named = [*students.named_parameters(), *head.named_parameters()]
+    named = [(n, p) for n, p in named if n.endswith((".change", ".steps"))]
+    weights = [p for n, p in named if n.endswith(".steps")]
+    clips = [p for n, p in named if n.endswith("clip.change")]
+    rest = [p for n, p in named if not n.endswith((".steps", "clip.change"))]
+    groups = [
+        {"params": rest, "lr": recipe.distill_lr},
+        {"params": clips, "lr": recipe.distill_lr * recipe.clip_lr_factor},
+    ]
+    if recipe.distill_weight_lr > 0:
+        groups.append({"params": weights, "lr": recipe.distill_weight_lr})
+    else:
+        for p in weights:
+            p.requires_grad_(False)
+    return groups
+
+
+def distill(
+    source: ModelSource,
+    blocks: list[dict[str, Tensor]],
+    tokens: Tensor,
+    recipe: Recipe,
+    spec: FlatQuantSpec,
+    device: torch.device,
+    on_progress: Callable[[float], None] | None = None,
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor], DistillReport]:
+    """Train a finished checkpoint end to end.
+
+    blocks: each block's checkpoint tensors by relative name, and its linears' weights before rounding under
+    ``NAME.latent``. tokens: int64 [N, T].
+    Returns the blocks' new tensors (same names, without the latents), changed tensors outside the blocks by
+    full name, and the report. AdamW, linear warm-up then cosine to zero, rows in a new order each epoch; a
+    step with a non-finite loss or gradient is skipped and counted.
+    """
+    if recipe.distill_generated:
+        more = generated_tokens(source, tokens, recipe.distill_generated, recipe.seed, device)
+        tokens = torch.cat([tokens, more])
+    first, last, kwargs = teacher_stream(source, tokens, recipe, device)
+    students = nn.ModuleList(make_students(source, blocks, spec, device))
+    head = Head(source, device)
+    groups = parameter_groups(students, head, recipe)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    parameters = [p for group in groups for p in group["params"]]
+    per_epoch = -(-len(tokens) // recipe.batch_size)
+    steps = recipe.distill_epochs * per_epoch
+    warm = max(1, round(WARMUP * steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(
+            (i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm) / max(1, steps - warm)))
+        ),
+    )
+    shuffle = torch.Generator().manual_seed(recipe.seed)
+    before = after = torch.zeros((), device=device)
+    skipped = torch.zeros((), device=device)
+    for epoch in range(recipe.distill_epochs):
+        total = torch.zeros((), device=device)
+        for i, rows in enumerate(
+            torch.randperm(len(tokens), generator=shuffle).split(recipe.batch_size)
+        ):
+            rows = rows.to(device)
+            with torch.no_grad():
+                target = head(last[rows], head.gain.base)
+            optimizer.zero_grad(set_to_none=True)
+            loss = kl_divergence(head(run_students(students, first[rows], kwargs), head.gain()), target)
+            loss.backward()
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            finite = torch.isfinite(norm) & torch.isfinite(loss)
+            if finite:
+                optimizer.step()
+            skipped += ~finite
+            schedule.step()
+            total += torch.where(finite, loss.detach(), torch.zeros_like(total)) * len(rows)
+            if on_progress:
+                on_progress((epoch * per_epoch + i + 1) / steps)
+        after = total / len(tokens)
+        if epoch == 0:
+            before = after
+    report = DistillReport(float(before), float(after), int(skipped))
+    exported = [s.export() for s in students]  # type: ignore[operator]
+    return exported, {head.name: head.gain().detach().to(head.dtype)}, report
+
+
+@torch.no_grad()
+def finished_hidden(
+    source: ModelSource,
+    blocks: list[dict[str, Tensor]],
+    tokens: Tensor,
+    spec: FlatQuantSpec,
+    device: torch.device,
+) -> Tensor:
+    """Last hidden state [N, T, hidden] of finished blocks (tensors by relative name), on the references."""
+    x, kwargs = record_inputs(source, tokens, device)
+    x = x.to(device)
+    for i, tensors in enumerate(blocks):
+        layer = source.load_block(i, device)
+        install_block(layer, tensors, spec, source.arch)
+        x = run_block(layer, x, kwargs[i], 1, device)
+    return x
+
+
+def run_students(students: nn.ModuleList, x: Tensor, kwargs: list[dict[str, Any]]) -> Tensor:
+    """Hidden state after the last block [N, T, hidden]; kwargs: each block's other arguments."""
+    for student, arguments in zip(students, kwargs, strict=True):
+        x = student(x, arguments)
+    return x

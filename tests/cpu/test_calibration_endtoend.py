@@ -1,0 +1,150 @@
+"""The last stage: what is trained is what is written, the loss falls, and the checkpoint serves as usual."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import make_model, random_tokens
+
+from vllm_flatquant.calibration.endtoend import (
+    LATENT,
+    distill,
+    finished_hidden,
+    generated_tokens,
+    kl_divergence,
+    make_students,
+    run_students,
+    teacher_stream,
+)
+from vllm_flatquant.calibration.quantize import make_spec, quantize, quantize_block
+from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.reference import load_reference
+from vllm_flatquant.calibration.source import ModelSource
+from vllm_flatquant.calibration.streams import record_inputs
+from vllm_flatquant.tools.inspection import verify_folder
+
+CPU = torch.device("cpu")
+SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2, "distill_epochs": 8}
+
+
+def finished_blocks(folder, model_type="llama", **settings):
+    """Source, recipe, spec, tokens and the blocks' tensors before the last stage."""
+    recipe = make_recipe(**SMALL | settings)
+    source = ModelSource(make_model(folder / "model", model_type))
+    spec, tokens = make_spec(source, recipe), random_tokens(4, 24)
+    x, kwargs = record_inputs(source, tokens, CPU)
+    x_q, blocks = x.clone(), []
+    for i in range(source.num_blocks):
+        x, x_q, tensors, _ = quantize_block(source, i, recipe, spec, x, x_q, kwargs[i], CPU)
+        blocks.append(tensors)
+    return source, recipe, spec, tokens, blocks
+
+
+def without_latents(blocks):
+    return [{n: t for n, t in b.items() if not n.endswith(LATENT)} for b in blocks]
+
+
+CASES = [
+    {"scheme": "w4a4", "kv": 4, "shards": 2},
+    {"scheme": "w4a8", "kv": 8, "rounding": "gptq"},
+    {"scheme": "w4a16", "group_size": 8},
+]
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda s: s["scheme"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_untrained_students_are_the_finished_blocks(tmp_path, model_type, settings):
+    source, _, spec, tokens, blocks = finished_blocks(tmp_path, model_type, **settings)
+    students = make_students(source, blocks, spec, CPU)
+    for student, tensors in zip(students, without_latents(blocks), strict=True):
+        out = student.export()
+        assert out.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert out[name].dtype == tensor.dtype, name
+            tolerance = 1e-6 if name.endswith(".clip") else 0  # the logit and back
+            torch.testing.assert_close(out[name], tensor, rtol=tolerance, atol=0, msg=name)
+    x, kwargs = record_inputs(source, tokens, CPU)
+    with torch.no_grad():
+        got = run_students(torch.nn.ModuleList(students), x, kwargs)
+    expected = finished_hidden(source, without_latents(blocks), tokens, spec, CPU)
+    # Sums in another order flip a few roundings; the quantization error itself is above 0.1.
+    assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("settings", CASES, ids=lambda s: s["scheme"])
+def test_every_tensor_is_trained_and_written_as_trained(tmp_path, settings):
+    source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_epochs=30, **settings)
+    kept = without_latents(blocks)
+    _, last, _ = teacher_stream(source, tokens, recipe, CPU)
+    after, others, report = distill(source, blocks, tokens, recipe, spec, CPU)
+    assert report.skipped_steps == 0
+    assert report.kl_last_epoch < 0.8 * report.kl_first_epoch
+    for old, new in zip(kept, after, strict=True):
+        assert new.keys() == old.keys()
+        unchanged = {n for n in old if torch.equal(old[n], new[n])}
+        assert not unchanged
+    assert list(others) == ["model.norm.weight"]
+
+    # The written numbers, run by the references, have the loss that training reached.
+    head = source.files.tensor("lm_head.weight").float()
+    norm = source.model.model.norm
+
+    def logits(hidden, gain):
+        module = type(norm)(source.config.hidden_size, source.config.rms_norm_eps)
+        module.weight.data = gain.float()
+        return module(hidden) @ head.T
+
+    target = logits(last, source.files.tensor("model.norm.weight"))
+
+    def loss(tensors, gain):
+        return kl_divergence(logits(finished_hidden(source, tensors, tokens, spec, CPU), gain), target)
+
+    with torch.no_grad():
+        before = loss(kept, source.files.tensor("model.norm.weight"))
+        written = loss(after, others["model.norm.weight"])
+    assert written < 0.8 * before
+    assert written < 1.1 * report.kl_last_epoch  # the mean over an epoch in which it still fell
+
+
+def test_frozen_codes_stay(tmp_path):
+    source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_weight_lr=0.0)
+    after, _, report = distill(source, blocks, tokens, recipe, spec, CPU)
+    assert report.kl_last_epoch < report.kl_first_epoch
+    for old, new in zip(blocks, after, strict=True):
+        for name in new:
+            if name.endswith("weight_packed"):
+                assert torch.equal(old[name], new[name])
+
+
+def test_pipeline_with_a_last_stage(tmp_path, calib):
+    model = make_model(tmp_path / "m")
+    recipes = {"plain": 0, "distilled": 8}
+    tokens, divergence = random_tokens(4, 24), {}
+    with torch.no_grad():
+        teacher = load_reference(model)(tokens).logits
+    for name, epochs in recipes.items():
+        recipe = make_recipe(
+            **SMALL | {"distill_epochs": epochs, "distill_generated": 2 if epochs else 0}
+        )
+        out = quantize(model, tmp_path / name, recipe, str(calib), "cpu")
+        assert "ok" in next(verify_folder(str(out), "reference"))
+        with torch.no_grad():
+            divergence[name] = float(kl_divergence(load_reference(out)(tokens).logits, teacher))
+    assert divergence["distilled"] < 0.8 * divergence["plain"]
+    assert not [n for n in load_file(out / "model.safetensors") if n.endswith(LATENT)]
+    log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
+    assert log[-1]["kl_last_epoch"] < log[-1]["kl_first_epoch"]
+
+
+def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):
+    source = ModelSource(make_model(tmp_path / "model"))
+    tokens = random_tokens(4, 24)
+    rows = generated_tokens(source, tokens, 6, 0, CPU)
+    assert rows.shape == (6, 24)
+    assert torch.equal(rows, generated_tokens(source, tokens, 6, 0, CPU))
+    assert not torch.equal(rows, generated_tokens(source, tokens, 6, 1, CPU))
+    with torch.no_grad():
+        own = load_reference(source.path)(rows).logits[:, 11:-1].log_softmax(-1)
+    mean = own.gather(-1, rows[:, 12:, None]).mean()
+    assert mean > own.mean() + 0.5  # likelier under the model than a random token
