@@ -106,7 +106,7 @@ def block_file(job: dict[str, Any], index: int) -> Path:
 def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
     """The end-to-end stage on saved blocks, a checkpoint, and a row per text."""
     device, begin = start(job), time.monotonic()
-    recipe = make_recipe(**job["blocks"], **job["last"], seed=job["seed"])
+    recipe = make_recipe(**job["blocks"] | job["last"], seed=job["seed"])
     source = ModelSource(job["model"])
     blocks = [load_file(block_file(job, i)) for i in range(source.num_blocks)]
     others = {n: source.files.tensor(n) for n in source.other_names()}
@@ -240,7 +240,7 @@ def main() -> None:
                 last.append({**settings, "last": parse(end), "texts": left, "row": row})
         # Everything that can be wrong with a setting is found before hours of work.
         for job in last:
-            make_recipe(**job["blocks"], **job["last"], seed=job["seed"])
+            make_recipe(**job["blocks"] | job["last"], seed=job["seed"])
         context = mp.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
             measure(pool, first, last, args.out)
