@@ -5,7 +5,6 @@ import os
 
 import pytest
 from safetensors.torch import save_file
-from tiny_checkpoint import Recipe, write_checkpoint
 from transformers import AutoConfig
 
 from vllm_flatquant.calibration.errors import UserError
@@ -15,6 +14,8 @@ from vllm_flatquant.calibration.source import ModelSource
 from vllm_flatquant.errors import CheckpointError
 from vllm_flatquant.files import check_files, file_inside, stored_tensors
 from vllm_flatquant.spec import parse_spec
+
+from .tiny_checkpoint import Recipe, write_checkpoint
 
 
 @pytest.fixture
