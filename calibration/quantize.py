@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from ..kernels.pack import packing_step
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
 from .block import TrainableBlock, check_shards
 from .card import model_card, public_name
@@ -83,14 +84,18 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
                 f"group_size={recipe.group_size} does not divide the input width {on_a_rank} of {name} on a "
                 "rank; choose a divisor, or leave the group size out"
             )
-        if width % 2:
-            raise UserError(f"{name} has an odd input width of {width}, which 4-bit packing cannot hold")
+        step = packing_step(recipe.weight_bits)
+        if on_a_rank % step:
+            raise UserError(
+                f"{name} has {on_a_rank} inputs on a rank, which {recipe.weight_bits}-bit packing cannot hold: "
+                f"it needs a multiple of {step}; choose another scheme"
+            )
     hidden_pair = factor_pair(hidden, "hidden_size")
     down_pair = factor_pair(intermediate // recipe.shards, "intermediate_size / shards")
     hidden_factors = Factors(left=hidden_pair[0], right=hidden_pair[1])
     return FlatQuantSpec(
         producer=Producer(name="vllm-flatquant", version=__version__),
-        weights=Weights(bits=4, group_size=recipe.group_size),
+        weights=Weights(bits=recipe.weight_bits, group_size=recipe.group_size),  # type: ignore[arg-type]
         activations=Activations(bits=recipe.activation_bits),  # type: ignore[arg-type]
         kv=KVCache(k_bits=recipe.k_bits, v_bits=recipe.v_bits, symmetric=recipe.kv != 4),  # type: ignore[arg-type]
         shards=recipe.shards,

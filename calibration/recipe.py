@@ -4,7 +4,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..spec import SCHEMES
 from .errors import UserError
@@ -16,7 +16,8 @@ SHARDS = (1, 2, 4, 8)
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
-    system, paper: whose method this is. scheme: w4a4, w4a8 or w4a16. kv: bits of the KV cache. shards: blocks of the o_proj and down_proj
+    system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache. shards: blocks of
+    the o_proj and down_proj
     transforms. samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
@@ -27,7 +28,7 @@ class Recipe(BaseModel):
 
     system: str = "FlatQuant"
     paper: str = "arXiv 2410.09426"
-    scheme: Literal["w4a4", "w4a8", "w4a16"] = "w4a4"
+    scheme: str = "w4a4"
     kv: Literal[4, 8, 16] = 16
     group_size: int | None = Field(default=None, gt=0)
     rounding: Literal["rtn", "gptq"] = "rtn"
@@ -50,12 +51,19 @@ class Recipe(BaseModel):
     gptq_block: int = Field(default=128, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
+    @field_validator("scheme")
+    @classmethod
+    def _known_scheme(cls, scheme: str) -> str:
+        if scheme not in SCHEMES:
+            raise ValueError(f"unknown scheme; use one of {', '.join(SCHEMES)}")
+        return scheme
+
     @model_validator(mode="after")
     def _servable(self) -> "Recipe":
         if self.group_size is not None and self.activation_bits != 16:
             raise ValueError(
                 f"group_size={self.group_size} is served only with 16-bit activations; "
-                "use --scheme w4a16 or drop the group size"
+                "use a scheme with a16 or drop the group size"
             )
         return self
 

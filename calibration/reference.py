@@ -13,7 +13,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..files import check_tensors, head_size
 from ..kernels.kron import kron_ref
 from ..kernels.kron_quant import kron_quant_ref
-from ..kernels.pack import unpack_int4
+from ..kernels.pack import unpack_codes
 from ..kernels.quantize import dequantize_weight_ref, fake_quant_kv_ref
 from ..kernels.w4_gemm import w4_gemm_ref
 from ..sites import check_head_dim, checkpoint_shapes
@@ -164,7 +164,7 @@ def install_block(
             if linear in weights:
                 new = ReferenceLinear(sites[name], bias, weight=weights[linear])
             else:
-                codes = unpack_int4(tensors[f"{linear}.weight_packed"])
+                codes = unpack_codes(tensors[f"{linear}.weight_packed"], spec.weights.bits)
                 new = ReferenceLinear(sites[name], bias, codes, tensors[f"{linear}.weight_scale"])
             set_submodule(layer, linear, new)
             quantized.append(f"{linear}.")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.pack import pack_int4
+from ..kernels.pack import pack_codes
 from ..spec import FlatQuantSpec
 from .architectures import Architecture
 from .block import set_submodule
@@ -57,7 +57,7 @@ def round_block(
                     recipe.gptq_block,
                 )
                 highest = max(damping, highest or 0.0)
-            tensors[f"{linear}.weight_packed"] = pack_int4(codes)
+            tensors[f"{linear}.weight_packed"] = pack_codes(codes, recipe.weight_bits)
             tensors[f"{linear}.weight_scale"] = scale
             bias = folded.tensors.get(f"{linear}.bias")
             set_submodule(layer, linear, ReferenceLinear(sites[name], bias, codes, scale))

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.kron import kron_wide_ref
-from ..kernels.pack import pack_int4, unpack_int4
+from ..kernels.pack import pack_codes, unpack_codes
 from ..kernels.quantize import codes_ref, fake_quant_kv_ref
 from ..sites import SITES, factor_name
 from ..spec import FlatQuantSpec
@@ -187,7 +187,7 @@ class StudentBlock(nn.Module):
             for name in group:
                 scale, bias = self.value(f"{name}.weight_scale"), self.value(f"{name}.bias")
                 assert scale is not None
-                codes = unpack_int4(tensors[f"{name}.weight_packed"].to(device))
+                codes = unpack_codes(tensors[f"{name}.weight_packed"].to(device), spec.weights.bits)
                 latent = latents[name].to(device) if name in latents else None
                 linear = StudentLinear(site, codes, scale, bias, latent, spec.weights.bits)
                 self.linears[name.replace(".", "/")] = linear
@@ -223,5 +223,8 @@ class StudentBlock(nn.Module):
             out[name] = tunable().to(self.tensors[name].dtype)
         for key, linear in self.linears.items():
             codes: Tensor = linear.codes()  # type: ignore[operator]
-            out[f"{key.replace('/', '.')}.weight_packed"] = pack_int4(codes.flatten(-2).to(torch.int8))
+            bits = cast(StudentLinear, linear).bits
+            out[f"{key.replace('/', '.')}.weight_packed"] = pack_codes(
+                codes.flatten(-2).to(torch.int8), bits
+            )
         return out

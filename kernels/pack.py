@@ -1,21 +1,69 @@
-"""4-bit packing: on disk (two's-complement nibbles, low nibble = even column) and for the GEMM."""
+"""Packing of integer codes: on disk (a little-endian stream of bits for each row) and for the GEMM."""
+
+import math
 
 import torch
 from torch import Tensor
 
 
+def packing_step(bits: int) -> int:
+    """Columns that fill whole bytes: 4, 8, 2 and 1 for 2, 3, 4 and 8 bits. Rows are packed in such steps."""
+    return 8 // math.gcd(8, bits)
+
+
+def packed_shape(rows: int, columns: int, bits: int) -> tuple[int, int]:
+    """Shape of ``pack_codes``' result. ``packing_step(bits)`` must divide ``columns``."""
+    return rows, columns * bits // 8
+
+
+def packed_dtype(bits: int) -> torch.dtype:
+    """Dtype of ``pack_codes``' result."""
+    return torch.int8 if bits == 8 else torch.uint8
+
+
+def pack_codes(codes: Tensor, bits: int) -> Tensor:
+    """Two's-complement codes, column j in bits ``bits * j`` and up of its row's little-endian bit stream.
+
+    codes: int8 [N, K] in [-2**(bits-1), 2**(bits-1) - 1]. bits: 2, 3, 4 or 8.
+    Returns uint8 [N, K * bits / 8], or for 8 bits the int8 codes themselves.
+    Raises ValueError unless whole bytes are filled.
+    """
+    step = packing_step(bits)
+    if codes.shape[-1] % step:
+        raise ValueError(
+            f"cannot pack {codes.shape[-1]} columns: int{bits} packing needs a multiple of {step}"
+        )
+    if bits == 8:
+        return codes
+    fields = codes.to(torch.int32) & (2**bits - 1)
+    word = sum((fields[..., j::step] << (bits * j) for j in range(1, step)), start=fields[..., 0::step])
+    count = step * bits // 8
+    return torch.stack([(word >> (8 * i)) & 0xFF for i in range(count)], -1).flatten(-2).to(torch.uint8)
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of ``pack_codes``: uint8 [N, K * bits / 8] (int8 for 8 bits) -> int8 [N, K]."""
+    if bits == 8:
+        return packed
+    step = packing_step(bits)
+    count = step * bits // 8
+    streams = packed.to(torch.int32)
+    word = sum(
+        (streams[..., i::count] << (8 * i) for i in range(1, count)), start=streams[..., 0::count]
+    )
+    mask = 2**bits - 1
+    fields = torch.stack([(word >> (bits * j)) & mask for j in range(step)], -1).flatten(-2)
+    return (fields - (fields > mask // 2) * 2**bits).to(torch.int8)
+
+
 def pack_int4(codes: Tensor) -> Tensor:
-    """int8 codes in [-8, 7], [N, K] with K even -> uint8 [N, K/2]."""
-    if codes.shape[-1] % 2:
-        raise ValueError(f"cannot pack {codes.shape[-1]} columns: int4 packing needs an even number")
-    nibbles = (codes & 0xF).to(torch.uint8)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    """``pack_codes`` at 4 bits: int8 [N, K], K even -> uint8 [N, K/2], low nibble = even column."""
+    return pack_codes(codes, 4)
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
     """Inverse of ``pack_int4``: uint8 [N, K/2] -> int8 [N, K]."""
-    pairs = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2).to(torch.int8)
-    return pairs - 16 * (pairs > 7).to(torch.int8)
+    return unpack_codes(packed, 4)
 
 
 KBLOCK = 128  # input columns of one block of the device layout: 64 bytes of every weight row

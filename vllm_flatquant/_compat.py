@@ -227,8 +227,26 @@ def _check_folder(quant_config: Any, model_config: Any) -> None:
         quant_config.check_files(folder, model_config.hf_config)
 
 
+def scaled_int8_product() -> Callable[..., Tensor]:
+    """vLLM's int8 matrix product with scales (CUTLASS): (codes int8 [T, K], weight int8 [K, N] with K
+    contiguous, float32 [T, 1], float32 [N, 1], out dtype, bias [N] or None) -> [T, N].
+
+    Raises UnsupportedError where vLLM was built without it.
+    """
+    try:
+        from vllm._custom_ops import cutlass_scaled_mm
+
+        _ = torch.ops._C.cutlass_scaled_mm
+    except (ImportError, AttributeError):
+        raise UnsupportedError(
+            "this vLLM has no int8 matrix product (cutlass_scaled_mm), which 8-bit weights with 8-bit "
+            "activations need on a GPU; install vLLM's CUDA build or use the w4a8 or w8a16 scheme"
+        ) from None
+    return cutlass_scaled_mm
+
+
 class WeightOnlyKernel:
-    """vLLM's own kernel for 16-bit activations times 4-bit weights (Machete, Marlin, ...).
+    """vLLM's own kernel for 16-bit activations times 4- or 8-bit weights (Machete, Marlin, ...).
 
     Chosen when the layer is built, as vLLM's own quantization methods do.
     """
@@ -237,6 +255,7 @@ class WeightOnlyKernel:
         self,
         full_shape: tuple[int, int],
         local_shape: tuple[int, int],
+        bits: int,
         group_size: int | None,
         dtype: torch.dtype,
     ) -> None:
@@ -247,7 +266,7 @@ class WeightOnlyKernel:
         options: dict[str, Any] = {
             "full_weight_shape": full_shape,
             "partition_weight_shape": local_shape,
-            "weight_type": scalar_types.uint4b8,
+            "weight_type": scalar_types.uint8b128 if bits == 8 else scalar_types.uint4b8,
             "act_type": dtype,
             "group_size": -1 if group_size is None else group_size,
             "zero_points": False,
@@ -259,17 +278,19 @@ class WeightOnlyKernel:
             kernel_type = choose_mp_linear_kernel(config)
         except ValueError as error:
             raise UnsupportedError(
-                f"vLLM has no 4-bit weight kernel here for a layer of {full_shape[0]} x {full_shape[1]} "
+                f"vLLM has no {bits}-bit weight kernel here for a layer of {full_shape[0]} x {full_shape[1]} "
                 f"in {dtype}; serve with --dtype bfloat16 or use the w4a8 scheme ({error})"
             ) from None
-        logger.info_once("FlatQuant w4a16 uses vLLM's %s", kernel_type.__name__)
+        logger.info_once("FlatQuant's %d-bit weights use vLLM's %s", bits, kernel_type.__name__)
         self._kernel = kernel_type(config, "weight_packed", "weight_scale")
 
     def process(self, layer: nn.Module, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> None:
-        """Give ``layer`` the kernel's weights. packed: uint8 [N, K/2] of our format. scale: [N, groups]."""
-        # The kernels take code + 8 in each nibble, eight to an int32, low nibble first: our byte order,
-        # with two's complement turned into an offset by flipping the top bit of each nibble.
-        words = (packed ^ 0x88).contiguous().view(torch.int32)
+        """Give ``layer`` the kernel's weights. packed: uint8 [N, K/2] (int8 [N, K]) of our format.
+        scale: [N, groups]."""
+        # The kernels take code + 8 in each nibble (code + 128 in each byte), low ones first in an int32: our
+        # order, with two's complement turned into an offset by flipping the top bit of each code.
+        narrow = packed.dtype == torch.uint8
+        words = (packed.view(torch.uint8) ^ (0x88 if narrow else 0x80)).contiguous().view(torch.int32)
         loader: Callable[..., Any] = _no_reload
         layer.register_parameter(
             "weight_packed",
@@ -278,7 +299,7 @@ class WeightOnlyKernel:
                 input_dim=1,
                 output_dim=0,
                 packed_dim=1,
-                packed_factor=8,
+                packed_factor=8 if narrow else 4,
                 weight_loader=loader,
             ),
         )

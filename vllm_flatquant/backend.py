@@ -1,7 +1,8 @@
 """How a quantized linear layer is computed on the backend that ``choice.py`` names.
 
-``triton``: our kernels, on CUDA devices from compute capability 8.0 (w4a16: our transform, then vLLM's
-own 4-bit weight kernel). ``torch``: the reference functions, anywhere else. A layer carries, after
+``triton``: our kernels, on CUDA devices from compute capability 8.0. Weights of 2 and 3 bits run as 4-bit
+ones: right, and no smaller in memory. 8-bit weights, and 16-bit activations, go from our transform to
+vLLM's own kernels. ``torch``: the reference functions, anywhere else. A layer carries, after
 loading, ``transform_left``, ``transform_right`` and ``transform_clip`` (or None) and the weights below.
 """
 
@@ -14,27 +15,28 @@ from torch import Tensor, nn
 
 from . import _compat, ops
 from .errors import UnsupportedError
-from .kernels.pack import unpack_int4
+from .kernels.pack import pack_codes, unpack_codes
 from .kernels.quantize import dequantize_weight_ref
 from .kernels.tiles import warmup_tokens
-from .spec import FlatQuantSpec
+from .spec import FlatQuantSpec, Weights
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes of a linear layer: the whole input and output, and this rank's part."""
+    """Sizes of a linear layer: the whole input and output, and this rank's part with its scales a token."""
 
     inputs: int
     outputs: int
     local_inputs: int
     local_outputs: int
+    local_shards: int = 1
 
 
 class Runtime(Protocol):
     """The computation of one layer, made when the layer is."""
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        """Give ``layer`` its run-time weights. packed: uint8 [N, K/2]. scale: float32 [N, groups]."""
+        """Give ``layer`` its run-time weights. packed: as on disk. scale: float32 [N, groups]."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: [T, K] -> [T, N] in x's dtype."""
@@ -45,14 +47,20 @@ def make_runtime(spec: FlatQuantSpec, backend: str, shape: LayerShape, dtype: to
 
     Raises UnsupportedError if the backend cannot run the layer as labelled.
     """
-    integer = spec.activations.bits < 16
+    bits, weights = spec.activations.bits, spec.weights
     if backend == "torch":
-        return IntegerTorch(spec.activations.bits) if integer else WeightOnlyTorch(dtype)
+        return IntegerTorch(bits, weights.bits) if bits < 16 else WeightOnlyTorch(weights.bits, dtype)
     if dtype == torch.float32:
         raise UnsupportedError("FlatQuant's GPU kernels have no float32; serve with --dtype bfloat16")
-    if integer:
-        return IntegerTriton(spec.activations.bits, dtype)
-    return WeightOnlyTriton(spec.weights.group_size, shape, dtype)
+    if weights.bits < 4:
+        _compat.logger.info_once(
+            "FlatQuant %s: %d-bit weights take 4 bits of GPU memory each", spec.scheme, weights.bits
+        )
+    if bits == 16:
+        return WeightOnlyTriton(weights, shape, dtype)
+    return (
+        Integer8(bits, shape, dtype) if weights.bits == 8 else IntegerTriton(bits, weights.bits, dtype)
+    )
 
 
 def _set(layer: Any, name: str, value: Tensor) -> None:
@@ -90,13 +98,14 @@ def _warm_up(
 
 
 class IntegerTorch:
-    """Int4 weights, int4 or int8 activations, through the reference functions."""
+    """Integer weights and activations, through the reference functions."""
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: int, weight_bits: int) -> None:
         self._bits = bits
+        self._weight_bits = weight_bits
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        _set(layer, "weight_codes", unpack_int4(packed))
+        _set(layer, "weight_codes", unpack_codes(packed, self._weight_bits))
         _set(layer, "weight_scale", scale)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -115,11 +124,13 @@ class IntegerTorch:
 class WeightOnlyTorch:
     """16-bit activations, weights dequantized once at load."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, weight_bits: int, dtype: torch.dtype) -> None:
+        self._weight_bits = weight_bits
         self._dtype = dtype
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        _set(layer, "weight", dequantize_weight_ref(unpack_int4(packed), scale).to(self._dtype))
+        codes = unpack_codes(packed, self._weight_bits)
+        _set(layer, "weight", dequantize_weight_ref(codes, scale).to(self._dtype))
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if layer.transform_left is not None or layer.transform_right is not None:
@@ -128,13 +139,14 @@ class WeightOnlyTorch:
 
 
 class IntegerTriton:
-    """Int4 weights, int4 or int8 activations, through our kernels."""
+    """Weights of up to 4 bits, int4 or int8 activations, through our kernels."""
 
-    def __init__(self, bits: int, dtype: torch.dtype) -> None:
+    def __init__(self, bits: int, weight_bits: int, dtype: torch.dtype) -> None:
         from .kernels.kron_quant import kron_quant
         from .kernels.w4_gemm import w4_gemm
 
         self._bits = bits
+        self._weight_bits = weight_bits
         self._dtype = dtype
         self._tokens = _compat.token_limit()
         self._kron_quant = kron_quant
@@ -144,11 +156,12 @@ class IntegerTriton:
         from .kernels.pack import pack_device
 
         shards = layer.transform_clip.shape[0]
-        _set(layer, "weight_device", pack_device(unpack_int4(packed), shards))
+        codes = unpack_codes(packed, self._weight_bits)
+        _set(layer, "weight_device", pack_device(codes, shards))
         _set(layer, "weight_scale", scale)
         _cast_factors(layer, self._dtype)
-        key = (packed.shape, shards, self._bits)
-        _warm_up(self, layer, key, packed.shape[1] * 2, self._dtype, self._tokens)
+        key = (codes.shape, shards, self._bits)
+        _warm_up(self, layer, key, codes.shape[1], self._dtype, self._tokens)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scale = self._kron_quant(
@@ -157,10 +170,41 @@ class IntegerTriton:
         return self._w4_gemm(codes, scale, layer.weight_device, layer.weight_scale, bias, x.dtype)
 
 
-class WeightOnlyTriton:
-    """16-bit activations: our transform, then vLLM's 4-bit weight kernel."""
+class Integer8:
+    """8-bit weights and activations: our transform and quantization, then vLLM's int8 product."""
 
-    def __init__(self, group_size: int | None, shape: LayerShape, dtype: torch.dtype) -> None:
+    def __init__(self, bits: int, shape: LayerShape, dtype: torch.dtype) -> None:
+        from .kernels.kron_quant import kron_quant
+
+        if shape.local_shards > 1:
+            raise UnsupportedError(
+                f"w8a8 on a GPU has one scale for each token, and this checkpoint gives a rank "
+                f"{shape.local_shards}; serve with --tensor-parallel-size "
+                f"{shape.local_shards * shape.inputs // shape.local_inputs} or quantize with --shards 1"
+            )
+        self._bits = bits
+        self._dtype = dtype
+        self._kron_quant = kron_quant
+        self._product = _compat.scaled_int8_product()
+
+    def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
+        _set(layer, "weight_codes", packed)
+        _set(layer, "weight_scale", scale)
+        _cast_factors(layer, self._dtype)
+        # As below: one launch compiles the transform, and vLLM's product is compiled already.
+        _warm_up(self, layer, packed.shape, packed.shape[1], self._dtype, tokens=1)
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        codes, scale = self._kron_quant(
+            x, layer.transform_left, layer.transform_right, layer.transform_clip, self._bits
+        )
+        return self._product(codes, layer.weight_codes.t(), scale, layer.weight_scale, x.dtype, bias)
+
+
+class WeightOnlyTriton:
+    """16-bit activations: our transform, then vLLM's weight-only kernel for 4 or 8 bits."""
+
+    def __init__(self, weights: Weights, shape: LayerShape, dtype: torch.dtype) -> None:
         from .kernels.kron import kron
 
         if shape.local_inputs % 8:
@@ -170,15 +214,21 @@ class WeightOnlyTriton:
             )
         self._kron = kron
         self._dtype = dtype
+        self._bits = weights.bits
         self._kernel = _compat.WeightOnlyKernel(
-            (shape.inputs, shape.outputs), (shape.local_inputs, shape.local_outputs), group_size, dtype
+            (shape.inputs, shape.outputs),
+            (shape.local_inputs, shape.local_outputs),
+            max(4, weights.bits),
+            weights.group_size,
+            dtype,
         )
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        self._kernel.process(layer, packed, scale, self._dtype)
+        codes = unpack_codes(packed, self._bits)
+        self._kernel.process(layer, pack_codes(codes, max(4, self._bits)), scale, self._dtype)
         _cast_factors(layer, self._dtype)
         # The transform's launch does not depend on the number of tokens; vLLM warms its own kernel.
-        _warm_up(self, layer, packed.shape, packed.shape[1] * 2, self._dtype, tokens=1)
+        _warm_up(self, layer, codes.shape, codes.shape[1], self._dtype, tokens=1)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         if layer.transform_left is not None or layer.transform_right is not None:

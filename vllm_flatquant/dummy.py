@@ -4,6 +4,7 @@ vLLM fills floats with values around zero and leaves integers as they were in me
 near singular, clips and scales negative, and codes perhaps all zero, which a GPU multiplies faster.
 """
 
+import torch
 from torch import Tensor, nn
 
 _SCALE = 1e-3 / 8
@@ -19,7 +20,7 @@ def fill_dummy(layer: nn.Module) -> None:
     for name, value in parameters.items():
         tensor = value.data
         if name == "weight_packed":
-            tensor.random_(0, 256)
+            tensor.view(torch.uint8).random_(0, 256)
         elif name == "weight_scale":
             tensor.fill_(_SCALE)
         elif name.endswith("_clip"):

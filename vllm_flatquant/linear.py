@@ -1,5 +1,6 @@
 """Quantized linear layers: which parameters they have, how they load, how they are applied."""
 
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ._compat import (
 from .backend import LayerShape, make_runtime
 from .dummy import fill_dummy
 from .errors import UnsupportedError
+from .kernels.pack import packed_dtype, packed_shape, packing_step
 from .loading import ExpectedTensors
 from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, factor_shapes
 from .spec import FlatQuantSpec
@@ -49,16 +51,29 @@ class FlatQuantLinearMethod(LinearMethodBase):
         prefix, weights = str(layer.prefix), self._spec.weights
         local_outputs = sum(output_partition_sizes)
         group = weights.group_size or input_size
-        if input_size_per_partition % 2 or (weights.group_size and input_size_per_partition % group):
+        step = packing_step(weights.bits)
+        if input_size_per_partition % step or (weights.group_size and input_size_per_partition % group):
             raise UnsupportedError(
                 f"{prefix} has {input_size_per_partition} inputs per tensor-parallel rank, not a multiple "
-                f"of weights.group_size {group if weights.group_size else 2}; serve with a smaller "
-                "--tensor-parallel-size or quantize with another group size"
+                + (
+                    f"of weights.group_size {group}; serve with a smaller --tensor-parallel-size or "
+                    "quantize with another group size"
+                    if weights.group_size
+                    else f"of {step}, as {weights.bits}-bit packing needs; serve with a smaller "
+                    "--tensor-parallel-size"
+                )
             )
+        ranks = input_size // input_size_per_partition
         self._runtime = make_runtime(
             self._spec,
             self._backend,
-            LayerShape(input_size, output_size, input_size_per_partition, local_outputs),
+            LayerShape(
+                input_size,
+                output_size,
+                input_size_per_partition,
+                local_outputs,
+                self._spec.shards // ranks if self._site.row_parallel else 1,
+            ),
             params_dtype,
         )
         self._expected = ExpectedTensors(prefix)
@@ -68,9 +83,9 @@ class FlatQuantLinearMethod(LinearMethodBase):
         groups = input_size // group
         for (shard, rows), part in zip(parts, self._site.parts, strict=True):
             names = {kind: checkpoint_name(prefix, f"{part}.{kind}") for kind in _PART_TENSORS}
-            packed_shape, scale_shape = (rows, input_size // 2), (rows, groups)
+            packed, scale_shape = packed_shape(rows, input_size, weights.bits), (rows, groups)
             self._expected.expect(
-                "weight_packed", shard, names["weight_packed"], packed_shape, torch.uint8
+                "weight_packed", shard, names["weight_packed"], packed, packed_dtype(weights.bits)
             )
             self._expected.expect(
                 "weight_scale", shard, names["weight_scale"], scale_shape, torch.float32
@@ -86,12 +101,13 @@ class FlatQuantLinearMethod(LinearMethodBase):
     def _add_weights(
         self, layer: Any, loader: Any, outputs: int, local_inputs: int, groups: int, inputs: int
     ) -> None:
+        bits = self._spec.weights.bits
         packed = PackedvLLMParameter(
-            data=torch.empty(outputs, local_inputs // 2, dtype=torch.uint8),
+            data=torch.empty(packed_shape(outputs, local_inputs, bits), dtype=packed_dtype(bits)),
             input_dim=1,
             output_dim=0,
             packed_dim=1,
-            packed_factor=2,
+            packed_factor=Fraction(8, bits),
             weight_loader=self._expected.checked("weight_packed", loader),
         )
         layer.register_parameter("weight_packed", packed)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import CheckpointError, UnsupportedError
+from .kernels.pack import packed_shape
 from .spec import FlatQuantSpec
 
 
@@ -180,7 +181,7 @@ def block_tensors(
                         f"{packed} has {inputs} columns, not a multiple of weights.group_size {group}; "
                         "config.json was changed, quantize the model again"
                     )
-                tensors[packed] = (outputs, inputs // 2)
+                tensors[packed] = packed_shape(outputs, inputs, spec.weights.bits)
                 tensors[scale] = (outputs, inputs // group)
         if sizes is None:
             factors = site_shapes(spec, site)

@@ -10,8 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 FORMAT_VERSION = 1
 QUANT_METHOD = "flatquant"
-SCHEMES: dict[str, tuple[int, int]] = {"w4a4": (4, 4), "w4a8": (4, 8), "w4a16": (4, 16)}
-"""Scheme name -> (weight bits, activation bits)."""
+SCHEMES: dict[str, tuple[int, int]] = {
+    f"w{weights}a{activations}": (weights, activations)
+    for weights, activations in (
+        *((4, 4), (4, 8), (4, 16)),
+        *((8, 8), (8, 16)),
+        *((3, 4), (3, 8), (3, 16)),
+        *((2, 4), (2, 8), (2, 16)),
+    )
+}
+"""Scheme name -> (weight bits, activation bits): what some runtime can serve.
+
+The 4-bit kernels run 2- and 3-bit weights as well: a smaller checkpoint, not less memory at run time."""
+LAYOUTS = {2: "int2_low_bits_first", 3: "int3_low_bits_first", 4: "int4_low_nibble_even", 8: "int8"}
+"""Weight bits -> name of the layout on disk (docs/format.md, ``kernels.pack.pack_codes``)."""
 
 
 class SpecError(ValueError):
@@ -32,10 +44,26 @@ class Producer(_Strict):
 class Weights(_Strict):
     """Integer weights. ``group_size`` None means one scale per output channel."""
 
-    bits: Literal[4] = 4
+    bits: Literal[2, 3, 4, 8] = 4
     group_size: int | None = Field(default=None, gt=0)
     symmetric: Literal[True] = True
-    layout: Literal["int4_low_nibble_even"] = "int4_low_nibble_even"
+    layout: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_layout(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "layout" not in data:
+            return {**data, "layout": LAYOUTS.get(data.get("bits", 4), "")}
+        return data
+
+    @model_validator(mode="after")
+    def _known_layout(self) -> "Weights":
+        if self.layout != LAYOUTS[self.bits]:
+            raise ValueError(
+                f"layout '{self.layout}' is not that of {self.bits}-bit weights; "
+                f"it must be '{LAYOUTS[self.bits]}'"
+            )
+        return self
 
 
 class Activations(_Strict):
@@ -97,6 +125,11 @@ class FlatQuantSpec(_Strict):
 
     @model_validator(mode="after")
     def _servable(self) -> "FlatQuantSpec":
+        if self.scheme not in SCHEMES:
+            raise ValueError(
+                f"weights.bits={self.weights.bits} with activations.bits={self.activations.bits} has no "
+                f"kernel; use one of {', '.join(SCHEMES)}"
+            )
         if self.weights.group_size is not None and self.activations.bits != 16:
             raise ValueError(
                 f"weights.group_size={self.weights.group_size} with activations.bits="
@@ -108,7 +141,7 @@ class FlatQuantSpec(_Strict):
 
     @property
     def scheme(self) -> str:
-        """Name for people: ``w4a4``, ``w4a8`` or ``w4a16``."""
+        """Name for people, such as ``w4a4``."""
         return f"w{self.weights.bits}a{self.activations.bits}"
 
 

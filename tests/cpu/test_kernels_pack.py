@@ -3,7 +3,18 @@
 import pytest
 import torch
 
-from vllm_flatquant.kernels.pack import KBLOCK, pack_device, pack_int4, unpack_device, unpack_int4
+from vllm_flatquant.kernels.pack import (
+    KBLOCK,
+    pack_codes,
+    pack_device,
+    pack_int4,
+    packed_dtype,
+    packed_shape,
+    packing_step,
+    unpack_codes,
+    unpack_device,
+    unpack_int4,
+)
 
 
 @pytest.mark.parametrize("n,k", [(1, 2), (3, 10), (16, 4096)])
@@ -14,8 +25,36 @@ def test_pack_int4_is_its_own_inverse(n: int, k: int) -> None:
     assert torch.equal(unpack_int4(packed), codes)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("n,steps", [(1, 1), (3, 5), (16, 512)])
+def test_pack_codes_is_its_own_inverse(n: int, steps: int, bits: int) -> None:
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (n, steps * packing_step(bits)), dtype=torch.int8)
+    codes[0, 0], codes[-1, -1] = -top, top - 1
+    packed = pack_codes(codes, bits)
+    assert tuple(packed.shape) == packed_shape(*codes.shape, bits)
+    assert packed.dtype == packed_dtype(bits) and packed.is_contiguous()
+    assert torch.equal(unpack_codes(packed, bits), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_pack_codes_is_a_little_endian_bit_stream(bits: int) -> None:
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (24,), dtype=torch.int8)
+    stream = sum((code % 2**bits) << (bits * j) for j, code in enumerate(codes.tolist()))
+    assert bytes(pack_codes(codes[None], bits)[0].tolist()) == stream.to_bytes(24 * bits // 8, "little")
+
+
+@pytest.mark.parametrize("bits, step", [(2, 4), (3, 8), (4, 2), (8, 1)])
+def test_pack_codes_refuses_parts_of_a_byte(bits: int, step: int) -> None:
+    assert packing_step(bits) == step
+    if step > 1:
+        with pytest.raises(ValueError, match=f"int{bits} packing needs a multiple of {step}"):
+            pack_codes(torch.zeros(2, step + 1, dtype=torch.int8), bits)
+
+
 def test_pack_int4_refuses_an_odd_width() -> None:
-    with pytest.raises(ValueError, match="even"):
+    with pytest.raises(ValueError, match="multiple of 2"):
         pack_int4(torch.zeros(2, 3, dtype=torch.int8))
 
 

@@ -11,8 +11,9 @@ from vllm_flatquant import _compat, backend, config
 from vllm_flatquant.choice import Choice, choose_backend
 from vllm_flatquant.errors import UnsupportedError
 from vllm_flatquant.kernels.kron import kron_ref
-from vllm_flatquant.kernels.pack import pack_int4, unpack_int4
+from vllm_flatquant.kernels.pack import pack_codes, pack_int4, unpack_int4
 from vllm_flatquant.kernels.quantize import dequantize_weight_ref
+from vllm_flatquant.kernels.w4_gemm import int_matmul_ref
 from vllm_flatquant.sites import SITES
 from vllm_flatquant.spec import parse_spec
 
@@ -78,6 +79,41 @@ def test_gpu_backend_equals_the_torch_backend(dtype, bits, shards):
     torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.05)
 
 
+@pytest.mark.parametrize("weight_bits, bits", [(2, 4), (3, 8), (8, 8)])
+def test_gpu_backend_at_other_weight_widths(monkeypatch, weight_bits, bits):
+    def product(a, b, scale_a, scale_b, dtype, bias):  # vLLM's, as its documentation has it
+        assert b.stride() == (1, b.shape[0]) and (bias is None or bias.dtype == dtype)
+        out = int_matmul_ref(a, b.t()).float() * scale_a * scale_b.t()
+        return (out if bias is None else out + bias.float()).to(dtype)
+
+    monkeypatch.setattr(_compat, "scaled_int8_product", lambda: product)
+    torch.manual_seed(weight_bits)
+    top = 2 ** (weight_bits - 1)
+    codes = torch.randint(-top, top, (128, 256), dtype=torch.int8)
+    scale, x, bias = torch.rand(128, 1), torch.randn(9, 256).bfloat16(), torch.randn(128).bfloat16()
+    factors, outputs = random_layer(1), []
+    for name in ("torch", "triton"):
+        layer = nn.Module()
+        layer._parameters.update(factors._parameters)
+        runtime = make_runtime(Recipe(bits=bits, weight_bits=weight_bits), name, torch.bfloat16)
+        runtime.process(layer, pack_codes(codes, weight_bits), scale)
+        outputs.append(runtime.apply(layer, x, bias))
+    if weight_bits < 8:
+        assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2**-8, atol=1e-3)  # the order of two scales
+
+
+def test_int8_product_where_there_is_none():
+    with pytest.raises(UnsupportedError, match=r"no int8 matrix product .* w4a8 or w8a16"):
+        make_runtime(Recipe(bits=8, weight_bits=8), "triton", torch.bfloat16)
+
+
+def test_int8_product_has_one_scale_for_a_token():
+    shape = backend.LayerShape(256, 128, 128, 128, 2)
+    with pytest.raises(UnsupportedError, match="--tensor-parallel-size 4 or quantize with --shards 1"):
+        make_runtime(Recipe(bits=8, weight_bits=8, shards=4), "triton", torch.bfloat16, shape)
+
+
 def test_warm_up_runs_every_tile_once(monkeypatch):
     from vllm_flatquant.kernels.tiles import warmup_tokens
 
@@ -102,15 +138,17 @@ def test_gpu_backend_refuses_float32(bits):
         make_runtime(Recipe(bits=bits), "triton", torch.float32)
 
 
-@pytest.mark.parametrize("group_size", [None, 32, 128])
-def test_weight_only_kernel_gets_vllms_layout(group_size):
+@pytest.mark.parametrize("group_size, weight_bits", [(None, 4), (32, 4), (128, 4), (32, 3), (None, 2)])
+def test_weight_only_kernel_gets_vllms_layout(group_size, weight_bits):
     """vLLM's CPU has a 4-bit weight kernel that takes the same layout as Machete and Marlin."""
     layer = random_layer(shards=1, clip=False)
-    codes = torch.randint(-8, 8, (128, 256), dtype=torch.int8)
+    top = 2 ** (weight_bits - 1)
+    codes = torch.randint(-top, top, (128, 256), dtype=torch.int8)
     scale = (0.1 * torch.rand(128, 256 // (group_size or 256))).bfloat16().float()
-    runtime = make_runtime(Recipe(bits=16, group_size=group_size), "triton", torch.bfloat16)
+    recipe = Recipe(bits=16, weight_bits=weight_bits, group_size=group_size)
+    runtime = make_runtime(recipe, "triton", torch.bfloat16)
     left, right = layer.transform_left, layer.transform_right
-    runtime.process(layer, pack_int4(codes), scale)
+    runtime.process(layer, pack_codes(codes, weight_bits), scale)
     x = torch.randn(7, 256).bfloat16()
     actual = runtime.apply(layer, x, None)
     weight = dequantize_weight_ref(codes, scale)
@@ -132,6 +170,10 @@ def test_weight_only_kernel_layout_bit_by_bit():
     nibbles = (words.unsqueeze(-1) >> (4 * torch.arange(8))) & 0xF
     assert torch.equal(nibbles.flatten(1) - 8, codes.to(torch.int64))
     assert torch.equal(unpack_int4(pack_int4(codes)), codes)
+    wide = torch.tensor([[-128, -1, 0, 127]], dtype=torch.int8)
+    only.process(nn.Module(), wide, torch.ones(1, 1), torch.bfloat16)
+    words = seen["weight_packed"].data
+    assert ((words.unsqueeze(-1) >> (8 * torch.arange(4))) & 0xFF).tolist() == [[[0, 127, 128, 255]]]
 
 
 @pytest.mark.parametrize("bits", [4, 8, 16])

@@ -90,6 +90,11 @@ def test_unquantized_model_with_the_flag_is_explained(tmp_path):
         ({"format_version": 2}, "format_version is 2, .* upgrade with"),
         ({"colour": "red"}, "quantization_config.colour: unknown key"),
         ({"activations": {"bits": 6}}, "quantization_config.activations.bits"),
+        (
+            {"weights": {"bits": 8}},
+            "weights.bits=8 with activations.bits=4 has no kernel; use one of w4a4,",
+        ),
+        ({"weights": {"bits": 3, "layout": "int8"}}, "not that of 3-bit weights; it must be 'int3_low"),
     ],
 )
 @pytest.mark.parametrize("flag", [None, "flatquant"])

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vllm_flatquant import spec
 from vllm_flatquant.kernels.kron import kron_ref
 from vllm_flatquant.kernels.kron_quant import kron_quant_ref
-from vllm_flatquant.kernels.pack import unpack_int4
+from vllm_flatquant.kernels.pack import unpack_codes
 from vllm_flatquant.kernels.quantize import dequantize_weight_ref
 from vllm_flatquant.kernels.w4_gemm import w4_gemm_ref
 from vllm_flatquant.sites import SITES
@@ -28,14 +29,14 @@ SCHEMES = {"w4a4": (4, None), "w4a8": (8, None), "w4a16": (16, None), "w4a16-g32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def site_output(tensors, prefix, site, bits, x):
+def site_output(tensors, prefix, site, bits, x, weight_bits=4):
     """What a site's fused linear must compute for x [T, K], from the checkpoint's tensors."""
     parent = f"{prefix}.{site.module.partition('.')[0]}"
     stem = f"{parent}.{site.name}_transform"
     left = tensors.get(f"{stem}.{'head' if site.name == 'o' else 'left'}")
     right, clip = tensors.get(f"{stem}.right"), tensors.get(f"{stem}.clip")
     names = [f"{parent}.{part}" for part in site.parts]
-    codes = torch.cat([unpack_int4(tensors[f"{name}.weight_packed"]) for name in names])
+    codes = torch.cat([unpack_codes(tensors[f"{name}.weight_packed"], weight_bits) for name in names])
     scale = torch.cat([tensors[f"{name}.weight_scale"] for name in names])
     biases = [tensors[f"{name}.bias"] for name in names if f"{name}.bias" in tensors]
     bias = torch.cat(biases).to(x.dtype) if biases else None
@@ -53,7 +54,8 @@ def check_model(folder, recipe, **options):
         for site in SITES:
             layer = block.get_submodule(site.module)
             x = torch.randn(5, layer.input_size).to(layer.params_dtype)
-            expected = site_output(tensors, f"model.layers.{index}", site, recipe.bits, x)
+            prefix = f"model.layers.{index}"
+            expected = site_output(tensors, prefix, site, recipe.bits, x, recipe.weight_bits)
             actual = layer(x)[0]
             assert actual.dtype == x.dtype
             assert torch.equal(actual, expected), f"{index} {site.name}"
@@ -65,6 +67,14 @@ def check_model(folder, recipe, **options):
 def test_layers_equal_the_references(tmp_path, scheme, dtype):
     bits, group_size = SCHEMES[scheme]
     check_model(tmp_path, Recipe(bits=bits, group_size=group_size, shards=2, dtype=DTYPES[dtype]))
+
+
+@pytest.mark.parametrize(
+    "scheme", [s for s, (weight_bits, _) in spec.SCHEMES.items() if weight_bits != 4]
+)
+def test_other_weight_widths_equal_the_references(tmp_path, scheme):
+    weight_bits, bits = spec.SCHEMES[scheme]
+    check_model(tmp_path, Recipe(bits=bits, weight_bits=weight_bits, shards=2, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("bits", [4, 16])
@@ -130,11 +140,11 @@ def test_token_counts_do_not_change_results(tmp_path):
     assert layer(x[:0])[0].shape == (0, 96)
 
 
-@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize("weight_bits, bits", [(4, 4), (4, 16), (3, 8), (8, 8)])
 @pytest.mark.parametrize("size", [2, 4])
-def test_tensor_parallel_ranks_add_up(tmp_path, size, bits):
+def test_tensor_parallel_ranks_add_up(tmp_path, size, weight_bits, bits):
     """Each rank loads its own part; the ranks' outputs concatenate or add up to the whole layer's."""
-    write_checkpoint(tmp_path, Recipe("Qwen2", bits=bits, shards=4))
+    write_checkpoint(tmp_path, Recipe("Qwen2", bits=bits, weight_bits=weight_bits, shards=4))
     whole = load_model(tmp_path).model.layers[0]
     ranks = []
     for rank in range(size):

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vllm_flatquant.kernels.pack import pack_int4
+from vllm_flatquant.kernels.pack import pack_codes
 from vllm_flatquant.kernels.quantize import qmax
 from vllm_flatquant.sites import SITES, Site
 
@@ -27,6 +27,7 @@ class Recipe:
 
     architecture: str = "Llama"
     bits: int = 4
+    weight_bits: int = 4
     group_size: int | None = None
     k_bits: int = 16
     v_bits: int = 16
@@ -56,7 +57,7 @@ class Recipe:
             "quant_method": "flatquant",
             "format_version": 1,
             "producer": {"name": "tests", "version": "0"},
-            "weights": {"bits": 4, "group_size": self.group_size},
+            "weights": {"bits": self.weight_bits, "group_size": self.group_size},
             "activations": {"bits": self.bits},
             "kv": {
                 "k_bits": self.k_bits,
@@ -107,11 +108,13 @@ def block_matrix(left: Tensor, right: Tensor) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-def quantize_weight(weight: Tensor, group_size: int | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, bits: int, group_size: int | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """RTN codes int8 [N, K] and scale float32 [N, groups]; scales of 16-bit models are 16-bit values."""
     groups = weight.reshape(weight.shape[0], -1, group_size or weight.shape[1])
-    scale = (groups.abs().amax(-1, keepdim=True) / qmax(4)).to(dtype).to(weight.dtype)
-    codes = torch.round(groups / scale).clamp(-8, 7).to(torch.int8)
+    scale = (groups.abs().amax(-1, keepdim=True) / qmax(bits)).to(dtype).to(weight.dtype)
+    codes = torch.round(groups / scale).clamp(-qmax(bits) - 1, qmax(bits)).to(torch.int8)
     return codes.reshape(weight.shape), scale.squeeze(-1).float()
 
 
@@ -138,8 +141,8 @@ def site_tensors(recipe: Recipe, site: Site, layer: nn.Module, inputs: int) -> d
         name = f"{parent}.{part}"
         linear = layer.get_submodule(name)
         folded = linear.weight.double() @ torch.linalg.inv(matrix).T
-        codes, scale = quantize_weight(folded, recipe.group_size, recipe.dtype)
-        out[f"{name}.weight_packed"] = pack_int4(codes)
+        codes, scale = quantize_weight(folded, recipe.weight_bits, recipe.group_size, recipe.dtype)
+        out[f"{name}.weight_packed"] = pack_codes(codes, recipe.weight_bits)
         out[f"{name}.weight_scale"] = scale
     return out
 
