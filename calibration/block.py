@@ -14,7 +14,7 @@ from .errors import UserError
 from .factors import factor_pair
 from .matrices import MATRICES
 from .recipe import SHARDS, Recipe
-from .sites import CLIP_INIT, Site, round_ste
+from .sites import ClipRatio, Site, round_ste
 from .weights import WeightClip, fake_quantize_weight, grouped
 
 
@@ -23,6 +23,7 @@ class Stats:
     """Largest absolute input of each channel in the full-precision block, float32 [width]."""
 
     qkv: Tensor
+    o: Tensor
     gate_up: Tensor
     down: Tensor
 
@@ -38,19 +39,19 @@ class TrainableLinear(nn.Module):
         groups = grouped(self.weight, recipe.group_size).shape[1]
         self.clip = WeightClip(self.weight.shape[0], groups) if recipe.weight_clip else None
         self.site = [site]  # a list keeps the shared site out of this module's parameters
-        self.value: list[nn.Module] = []  # P_v: of v_proj's output, or of o_proj's input
+        self.value: list[Value] = []  # P_v: of v_proj's output, or of o_proj's input
         self.is_value_output = False
 
     def transformed(self) -> tuple[Tensor, Tensor | None]:
         """Transformed and clipped weight before rounding [out, in], and the bias that goes with it."""
-        p, p_inv_t = self.value[0]() if self.value else (None, None)
-        value_inv_t = p_inv_t if p_inv_t is not None and not self.is_value_output else None
-        weight, bias = self.site[0].transform_weight(self.weight, value_inv_t), self.bias
+        value = self.value[0] if self.value else None
+        inv_t = value.input_inv_t() if value is not None and not self.is_value_output else None
+        weight, bias = self.site[0].transform_weight(self.weight, inv_t), self.bias
         if self.clip is not None:
             weight = self.clip(weight, self.recipe.group_size)
-        if p is not None and self.is_value_output:
-            weight = right_multiply_rows(weight, p[0])
-            bias = right_multiply_rows(bias[:, None], p[0])[:, 0] if bias is not None else None
+        if value is not None and self.is_value_output:
+            weight = value.rows(weight)
+            bias = value.rows(bias[:, None])[:, 0] if bias is not None else None
         return weight, bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -61,9 +62,41 @@ class TrainableLinear(nn.Module):
 
 
 def right_multiply_rows(weight: Tensor, p: Tensor) -> Tensor:
-    """Weight [heads * d, in] whose output per head is multiplied by P [d, d] from the right."""
-    heads = weight.unflatten(0, (-1, p.shape[0]))
-    return torch.einsum("de,hdi->hei", p.to(weight.dtype), heads).flatten(0, 1)
+    """Weight [heads * d, in] whose output per head is multiplied by P from the right; P [1 or heads, d, d]."""
+    heads = weight.unflatten(0, (-1, p.shape[-1]))
+    return torch.einsum("hde,hdi->hei", p.to(weight.dtype).expand(len(heads), -1, -1), heads).flatten(
+        0, 1
+    )
+
+
+class Value(nn.Module):
+    """What happens to each value head between v_proj and o_proj, merged into both: the o site's diagonal,
+    then P_v [1 or KV heads, d, d] (None: nothing)."""
+
+    def __init__(self, matrix: nn.Module | None, o: Site, heads: int):
+        super().__init__()
+        self.matrix = matrix
+        self.o = [o]
+        self.heads = heads
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """v_proj's weight (or bias as a column) [KV heads * d, in] with diagonal and P_v merged."""
+        diag = self.o[0].own_diag
+        if diag is not None:
+            weight = weight * diag.to(weight.dtype)[:, None]
+        return right_multiply_rows(weight, self.matrix()[0]) if self.matrix is not None else weight
+
+    def input_inv_t(self, exact: bool = False) -> Tensor | None:
+        """P_v^-T as the right factor of o_proj's weight: [S, d, d] behind the head-axis matrix, which needs
+        one P_v for all heads, else [query heads, d, d]. exact: inverted anew, in float64."""
+        if self.matrix is None:
+            return None
+        p, inv_t = self.matrix()
+        if exact:
+            inv_t = torch.linalg.inv(p.double()).mT
+        if self.o[0].left is not None:
+            return inv_t.expand(self.o[0].shards, -1, -1)
+        return inv_t.repeat_interleave(self.heads // len(inv_t), 0)
 
 
 class KVTransform(nn.Module):
@@ -72,24 +105,22 @@ class KVTransform(nn.Module):
     def __init__(self, head_dim: int, recipe: Recipe, generator: torch.Generator):
         super().__init__()
         self.recipe = recipe
-        self.k = MATRICES[recipe.matrix](1, head_dim, generator) if recipe.k_bits < 16 else None
-        self.k_logit = self._clip(recipe.k_bits)
-        self.v_logit = self._clip(recipe.v_bits)
+        kind = recipe.matrix if "k" in recipe.transforms else "identity"
+        self.k = MATRICES[kind](1, head_dim, generator) if recipe.k_bits < 16 else None
+        self.k_clip = self._clip(recipe.k_bits)
+        self.v_clip = self._clip(recipe.v_bits)
 
-    @staticmethod
-    def _clip(bits: int) -> nn.Parameter | None:
-        if bits == 16:
-            return None
-        return nn.Parameter(torch.full((1 if bits == 8 else 2,), CLIP_INIT))
+    def _clip(self, bits: int) -> ClipRatio | None:
+        return None if bits == 16 else ClipRatio(1 if bits == 8 else 2, self.recipe.kv_clip)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, T, D], k and v [B, KV, T, D]."""
-        if self.k is not None and self.k_logit is not None:
+        if self.k is not None and self.k_clip is not None:
             p, p_inv_t = self.k()
             q, k = q @ p_inv_t[0], k @ p[0]
-            k = fake_quant_kv_ref(k, self.recipe.k_bits, self.k_logit.sigmoid(), round_ste)
-        if self.v_logit is not None:
-            v = fake_quant_kv_ref(v, self.recipe.v_bits, self.v_logit.sigmoid(), round_ste)
+            k = fake_quant_kv_ref(k, self.recipe.k_bits, self.k_clip(), round_ste)
+        if self.v_clip is not None:
+            v = fake_quant_kv_ref(v, self.recipe.v_bits, self.v_clip(), round_ste)
         return q, k, v
 
 
@@ -112,31 +143,43 @@ class TrainableBlock(nn.Module):
         kv_heads = linears[arch.qkv[1]].out_features // head_dim
         check_shards(recipe.shards, heads, kv_heads, linears[arch.down].in_features)
 
-        def make_site(names: tuple[str, ...], shards: int, amax: Tensor) -> Site:
+        def make_site(
+            name: str, names: tuple[str, ...], shards: int, amax: Tensor, repeat: int = 0
+        ) -> Site:
             width = linears[names[0]].in_features
-            left, right = factor_pair(width // shards, f"input width of {names[0]}")
+            left, right = None, None
+            if name in recipe.transforms:
+                left, right = (
+                    (heads // shards, None)
+                    if name == "o"
+                    else factor_pair(width // shards, f"input width of {names[0]}")
+                )
             diag = None
-            if recipe.diag:
+            if name in recipe.diag:
                 wmax = torch.stack([linears[n].weight.abs().amax(dim=0) for n in names]).amax(dim=0)
+                if repeat:  # one number for the query heads that share a KV head
+                    wmax, amax = (
+                        t.view(kv_heads, repeat, head_dim).amax(dim=1).flatten() for t in (wmax, amax)
+                    )
                 diag = smooth_diag(wmax, amax, recipe.diag_alpha)
-            return Site(shards, left, right, recipe.activation_bits, recipe.matrix, generator, diag)
+            return Site(
+                shards, left, right, recipe.activation_bits, recipe.matrix, generator, diag,
+                repeat, head_dim, recipe.activation_clip,
+            )  # fmt: skip
 
         self.sites = nn.ModuleDict(
             {
-                "qkv": make_site(arch.qkv, 1, stats.qkv),
-                "o": Site(
-                    recipe.shards,
-                    heads // recipe.shards,
-                    None,
-                    recipe.activation_bits,
-                    recipe.matrix,
-                    generator,
-                ),
-                "gate_up": make_site(arch.gate_up, 1, stats.gate_up),
-                "down": make_site((arch.down,), recipe.shards, stats.down),
+                "qkv": make_site("qkv", arch.qkv, 1, stats.qkv),
+                "o": make_site("o", (arch.o,), recipe.shards, stats.o, heads // kv_heads),
+                "gate_up": make_site("gate_up", arch.gate_up, 1, stats.gate_up),
+                "down": make_site("down", (arch.down,), recipe.shards, stats.down),
             }
         )
-        self.value = MATRICES[recipe.matrix](1, head_dim, generator)
+        matrix = None
+        if "v" in recipe.transforms:
+            kind = recipe.v_matrix or recipe.matrix
+            matrix = MATRICES[kind](kv_heads if recipe.v_each_head else 1, head_dim, generator)
+        self.value = Value(matrix, self.site("o"), heads)
         self.kv = KVTransform(head_dim, recipe, generator)
         self.linears = nn.ModuleDict()
         for group, site_name in zip(arch.groups, ("qkv", "o", "gate_up", "down"), strict=True):
@@ -148,6 +191,7 @@ class TrainableBlock(nn.Module):
             self.linear(name).value, self.linear(name).is_value_output = [self.value], is_output
         attention.flatquant_qkv = self.kv.forward
         self.layer = [layer]
+        self.device = device
         self.to(device)
 
     def linear(self, name: str) -> TrainableLinear:

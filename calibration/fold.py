@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.kron import kron_wide_ref
-from .block import TrainableBlock, TrainableLinear, right_multiply_rows
+from .block import TrainableBlock, TrainableLinear
 from .sites import Site
 
 
@@ -49,19 +49,21 @@ def fold_norm(weight: Tensor, diag: Tensor) -> tuple[Tensor, Tensor]:
     return merged, implied
 
 
-def _fold_site(site: Site, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+def _fold_site(site: Site, name: str, tensors: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
     """Store a site's tensors; return its (left^-T, right^-T) in float64."""
     left, _, right, _ = site.matrices()
-    left = round_factor(left)
-    tensors[f"{name}.{'left' if right is not None else 'head'}"] = left.float()
-    right_inv_t = None
+    left_inv_t = right_inv_t = None
+    if left is not None:
+        left = round_factor(left)
+        tensors[f"{name}.{'left' if right is not None else 'head'}"] = left.float()
+        left_inv_t = inverse_transpose(left)
     if right is not None:
         right = round_factor(right)
         tensors[f"{name}.right"] = right.float()
         right_inv_t = inverse_transpose(right)
     if site.clip is not None:
         tensors[f"{name}.clip"] = site.clip.detach().float()
-    return inverse_transpose(left), right_inv_t
+    return left_inv_t, right_inv_t
 
 
 @torch.no_grad()
@@ -73,9 +75,7 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
     block.forget()
     arch = block.arch
     tensors: dict[str, Tensor] = {}
-    device = next(block.parameters()).device
-    value, _ = block.value()
-    value = value[0].double()
+    device = block.device
     down_diag = block.site("down").diag
     prefix = {
         "qkv": f"{arch.attention}.qkv_transform",
@@ -83,14 +83,14 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
         "gate_up": f"{arch.mlp}.gate_up_transform",
         "down": f"{arch.mlp}.down_transform",
     }
-    inverses: dict[str, tuple[Tensor, Tensor | None]] = {}
+    inverses: dict[str, tuple[Tensor | None, Tensor | None]] = {}
     diags: dict[str, Tensor] = {}
     for name in block.sites:
         site = block.site(name)
         inverses[name] = _fold_site(site, prefix[name], tensors)
         if site.diag is not None:
             diags[name] = site.diag.double()
-    inverses["o"] = (inverses["o"][0], inverse_transpose(value).expand(block.recipe.shards, -1, -1))
+    inverses["o"] = (inverses["o"][0], block.value.input_inv_t(exact=True))
     for name, norm in (("qkv", arch.input_norm), ("gate_up", arch.post_norm)):
         weight = source[f"{norm}.weight"].to(device)
         if name in diags:
@@ -111,8 +111,8 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
             if bias is not None:
                 dtype, bias = bias.dtype, bias.to(device).double()
             if linear_name == arch.qkv[2]:
-                weight = right_multiply_rows(weight, value)
-                bias = right_multiply_rows(bias[:, None], value)[:, 0] if bias is not None else None
+                weight = block.value.rows(weight)
+                bias = block.value.rows(bias[:, None])[:, 0] if bias is not None else None
             if linear_name == arch.gate_up[1] and down_diag is not None:
                 weight = weight * down_diag.double()[:, None]
                 bias = bias * down_diag.double() if bias is not None else None
@@ -128,10 +128,10 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
 def _fold_kv(block: TrainableBlock, tensors: dict[str, Tensor]) -> None:
     """Store P_h, its inverse transpose and the clips of the KV cache."""
     kv, prefix = block.kv, block.arch.attention
-    if kv.k is not None and kv.k_logit is not None:
+    if kv.k is not None and kv.k_clip is not None:
         p = kv.k()[0][0].detach().float()
         tensors[f"{prefix}.k_transform.matrix"] = p
         tensors[f"{prefix}.k_transform.inverse_t"] = inverse_transpose(p.double()).float()
-        tensors[f"{prefix}.k_transform.clip"] = kv.k_logit.detach().sigmoid().float()
-    if kv.v_logit is not None:
-        tensors[f"{prefix}.v_transform.clip"] = kv.v_logit.detach().sigmoid().float()
+        tensors[f"{prefix}.k_transform.clip"] = kv.k_clip().detach().float()
+    if kv.v_clip is not None:
+        tensors[f"{prefix}.v_transform.clip"] = kv.v_clip().detach().float()

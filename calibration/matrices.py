@@ -1,5 +1,7 @@
 """Trainable invertible matrices: each gives the matrix P and its inverse transpose."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +72,29 @@ class OrthogonalMatrix(nn.Module):
         return p, p
 
 
-MATRICES: dict[str, type[SVDMatrix] | type[DirectMatrix] | type[OrthogonalMatrix]] = {
+class FixedMatrix(nn.Module):
+    """An orthogonal matrix that is not trained; ``identity`` and ``hadamard`` make one."""
+
+    p: Tensor
+
+    def __init__(self, p: Tensor):
+        super().__init__()
+        self.register_buffer("p", p)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(P, P^-T), the same matrix [S, n, n] twice."""
+        return self.p, self.p
+
+
+def identity(shards: int, n: int, generator: torch.Generator) -> FixedMatrix:
+    """No transform, where the format wants one."""
+    return FixedMatrix(torch.eye(n).expand(shards, n, n).contiguous())
+
+
+MATRICES: dict[str, Callable[[int, int, torch.Generator], nn.Module]] = {
     "svd": SVDMatrix,
     "direct": DirectMatrix,
     "orthogonal": OrthogonalMatrix,
+    "identity": identity,
 }
+"""Kind -> what makes the module for (shards, n, generator); its result gives (P, P^-T), [S, n, n]."""

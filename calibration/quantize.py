@@ -90,9 +90,14 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
                 f"{name} has {on_a_rank} inputs on a rank, which {recipe.weight_bits}-bit packing cannot hold: "
                 f"it needs a multiple of {step}; choose another scheme"
             )
-    hidden_pair = factor_pair(hidden, "hidden_size")
-    down_pair = factor_pair(intermediate // recipe.shards, "intermediate_size / shards")
-    hidden_factors = Factors(left=hidden_pair[0], right=hidden_pair[1])
+    online = recipe.transforms
+
+    def factors(site: str, width: int, named: str) -> Factors | None:
+        if site not in online:
+            return None
+        left, right = factor_pair(width, named)
+        return Factors(left=left, right=right)
+
     return FlatQuantSpec(
         producer=Producer(name="vllm-flatquant", version=__version__),
         weights=Weights(bits=recipe.weight_bits, group_size=recipe.group_size),  # type: ignore[arg-type]
@@ -100,10 +105,10 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
         kv=KVCache(k_bits=recipe.k_bits, v_bits=recipe.v_bits, symmetric=recipe.kv != 4),  # type: ignore[arg-type]
         shards=recipe.shards,
         sites=Sites(
-            qkv=hidden_factors,
-            o=heads // recipe.shards,
-            gate_up=hidden_factors,
-            down=Factors(left=down_pair[0], right=down_pair[1]),
+            qkv=factors("qkv", hidden, "hidden_size"),
+            o=heads // recipe.shards if "o" in online else None,
+            gate_up=factors("gate_up", hidden, "hidden_size"),
+            down=factors("down", intermediate // recipe.shards, "intermediate_size / shards"),
             k=head_dim if recipe.k_bits < 16 else None,
         ),
     )

@@ -1,7 +1,7 @@
 """What to do to a model: one typed recipe, kept in the checkpoint as recipe.yaml."""
 
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,13 +13,25 @@ SHARDS = (1, 2, 4, 8)
 """Tensor-parallel sizes that a transform can be split for."""
 
 
+TransformName = Literal["qkv", "o", "gate_up", "down", "k", "v"]
+SiteName = Literal["qkv", "o", "gate_up", "down"]
+TRANSFORMS: tuple[TransformName, ...] = ("qkv", "o", "gate_up", "down", "k", "v")
+DIAGONALS: tuple[SiteName, ...] = ("qkv", "gate_up", "down")
+"""FlatQuant's diagonals: where a norm or up_proj can take them."""
+
+
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
-    system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache. shards: blocks of
-    the o_proj and down_proj
-    transforms. samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
+    system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache.
+    shards: blocks of the o_proj and down_proj transforms. samples x seq_len tokens calibrate; each block
+    trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
+    transforms: which there are: qkv, o, gate_up, down (on-line, before these linears), k (on-line, on q and
+    k, only if K is quantized) and v (merged into v_proj and o_proj). matrix: their form; v_matrix: v's, if it
+    differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. diag: sites with a
+    merged diagonal (that of o goes into v_proj); its start has exponent diag_alpha. Clips are learned or one
+    number.
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
     distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
     """
@@ -40,9 +52,14 @@ class Recipe(BaseModel):
     lr: float = Field(default=1e-2, gt=0)
     clip_lr_factor: float = Field(default=10.0, gt=0)
     matrix: Literal["svd", "direct", "orthogonal"] = "svd"
-    diag: bool = True
+    transforms: tuple[TransformName, ...] = TRANSFORMS
+    v_matrix: Literal["svd", "direct", "orthogonal"] | None = None
+    v_each_head: bool = False
+    diag: tuple[SiteName, ...] = DIAGONALS
     diag_alpha: float = Field(default=0.3, ge=0, le=1)
     weight_clip: bool = True
+    activation_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"
+    kv_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"
     distill_epochs: int = Field(default=0, ge=0)
     distill_lr: float = Field(default=1e-3, gt=0)
     distill_weight_lr: float = Field(default=1e-2, ge=0)
@@ -58,12 +75,26 @@ class Recipe(BaseModel):
             raise ValueError(f"unknown scheme; use one of {', '.join(SCHEMES)}")
         return scheme
 
+    @field_validator("diag", mode="before")
+    @classmethod
+    def _all_or_none(cls, value: Any) -> Any:
+        return DIAGONALS if value is True else () if value is False else value
+
+    @field_validator("transforms", "diag")
+    @classmethod
+    def _in_order(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(name for name in TRANSFORMS if name in value)
+
     @model_validator(mode="after")
     def _servable(self) -> "Recipe":
         if self.group_size is not None and self.activation_bits != 16:
             raise ValueError(
                 f"group_size={self.group_size} is served only with 16-bit activations; "
                 "use a scheme with a16 or drop the group size"
+            )
+        if self.v_each_head and "o" in self.transforms:
+            raise ValueError(
+                "v_each_head needs o_proj without a head-axis transform; leave o out of transforms"
             )
         return self
 
@@ -90,14 +121,16 @@ class Recipe(BaseModel):
     @property
     def online(self) -> str:
         """What the run time does beyond an integer (or weight-only) linear layer, for people."""
-        parts = ["transforms before every layer"]
+        online = [name for name in self.transforms if name in ("qkv", "o", "gate_up", "down")]
+        parts = ["transforms before " + ("every layer" if len(online) == 4 else ", ".join(online))]
+        parts = parts if online else []
         if self.kv < 16:
             parts.append("on q and k")
-        return ", ".join(parts)
+        return ", ".join(parts) or "nothing"
 
     def to_yaml(self, calib: str | None = None) -> str:
         """The recipe as recipe.yaml holds it, with the name of the calibration text if given."""
-        settings = self.model_dump() if calib is None else {**self.model_dump(), "calib": calib}
+        settings = self.model_dump(mode="json") | ({} if calib is None else {"calib": calib})
         return yaml.safe_dump(settings, sort_keys=False)
 
 
@@ -114,8 +147,8 @@ def make_recipe(**settings: Any) -> Recipe:
         return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "recipe"
-        given = "" if not first["loc"] else f"={settings.get(str(first['loc'][0]))!r}"
+        name = str(first["loc"][0]) if first["loc"] else "recipe"
+        given = "" if not first["loc"] else f"={settings.get(name)!r}"
         if first["type"] == "extra_forbidden":
             close = get_close_matches(name, Recipe.model_fields, n=1)
             hint = f"did you mean {close[0]}?" if close else "docs/recipes.md lists the settings"

@@ -39,7 +39,7 @@ def collect_stats(
 
         return hook
 
-    places = {"qkv": arch.qkv[0], "gate_up": arch.gate_up[0], "down": arch.down}
+    places = {"qkv": arch.qkv[0], "o": arch.o, "gate_up": arch.gate_up[0], "down": arch.down}
     handles = [
         layer.get_submodule(place).register_forward_pre_hook(watch(name))
         for name, place in places.items()
@@ -66,6 +66,8 @@ def train_block(
     AdamW, cosine schedule to a thousandth of the rate, fixed batch order, each batch's loss divided by
     its own value (FlatQuant's setting). A step with a non-finite loss or gradient is skipped and counted.
     """
+    if not any(True for _ in block.parameters()):
+        return TrainReport([], 0)  # a recipe that learns nothing
     optimizer = torch.optim.AdamW(block.parameter_groups(recipe.lr, recipe.clip_lr_factor))
     steps = max(1, recipe.epochs * -(-len(x) // recipe.batch_size))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr * 1e-3)

@@ -59,6 +59,23 @@ def test_model_identity(tmp_path, model_type, matrix):
     assert (original - transformed).norm() / original.norm() < 1e-6
 
 
+PARTIAL = {
+    "nothing": {"transforms": (), "diag": False},
+    "diagonals": {"transforms": (), "diag": ("qkv", "o", "gate_up")},
+    "v-each-head": {"transforms": ("v",), "v_each_head": True, "diag": ("o",)},
+    "v-shared": {"transforms": ("down", "v"), "diag": ("o", "down"), "v_matrix": "orthogonal"},
+    "o-without-v": {"transforms": ("o", "k", "gate_up"), "diag": ("o",), "shards": 2},
+}
+
+
+@pytest.mark.parametrize("settings", PARTIAL.values(), ids=PARTIAL)
+def test_model_identity_with_some_transforms(tmp_path, settings):
+    sizes = {"attention_bias": True, "mlp_bias": True}
+    folder = make_model(tmp_path / "m", "llama", torch.float32, **sizes)
+    original, transformed = folded_model(folder, **settings)
+    assert (original - transformed).norm() / original.norm() < 1e-6
+
+
 @pytest.mark.parametrize(
     ("sizes", "shards"),
     [
@@ -102,12 +119,15 @@ def test_biases_everywhere(tmp_path):
     assert (original - transformed).norm() / original.norm() < 1e-6
 
 
+@pytest.mark.parametrize("settings", [{}, *PARTIAL.values()], ids=["all", *PARTIAL])
 @pytest.mark.parametrize("kv", [16, 8, 4])
-def test_trained_block_computes_what_the_finished_one_does(tmp_path, kv):
+def test_trained_block_computes_what_the_finished_one_does(tmp_path, kv, settings):
     # Same numbers but for factors rounded to bf16 and the merged norm: a missing piece costs far more.
     folder = make_model(tmp_path / "m", "llama", torch.float32, attention_bias=True, mlp_bias=True)
     source = ModelSource(folder)
-    recipe = make_recipe(scheme="w4a8", samples=2, seq_len=24, shards=2, kv=kv)
+    recipe = make_recipe(
+        **{"scheme": "w4a8", "samples": 2, "seq_len": 24, "shards": 2, "kv": kv, **settings}
+    )
     spec = make_spec(source, recipe)
     x, kwargs = record_inputs(source, random_tokens(2, 24), CPU)
     layer = source.load_block(0, CPU)

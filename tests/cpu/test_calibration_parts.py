@@ -102,6 +102,9 @@ def test_weight_clip_bounds_each_group():
         ({"samples": 0}, "samples=0"),
         ({"scheme": "w4a4", "group_size": 128}, "only with 16-bit activations"),
         ({"no_such": 1}, "no_such"),
+        ({"transforms": ("qkv", "k_proj")}, "transforms="),
+        ({"activation_clip": 1.5}, "activation_clip=1.5"),
+        ({"v_each_head": True}, "leave o out of transforms"),
     ],
 )
 def test_recipe_refuses(settings, message):

@@ -61,6 +61,25 @@ def test_every_architecture(tmp_path, calib, model_type, rounding):
     assert all((r["gptq_damping"] is not None) == (rounding == "gptq") for r in log)
 
 
+@pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16"])
+def test_sites_without_a_transform(tmp_path, calib, scheme):
+    settings = {"transforms": (), "diag": ("qkv", "gate_up"), "activation_clip": 0.9, "kv_clip": 0.95}
+    model, out = make(tmp_path, calib, scheme=scheme, kv=4, shards=2, **settings)
+    spec = parse_spec(json.loads((out / "config.json").read_text())["quantization_config"])
+    assert (spec.sites.qkv, spec.sites.o, spec.sites.gate_up, spec.sites.down) == (None,) * 4
+    tensors = load_file(out / "model.safetensors")
+    clips = {} if scheme == "w4a16" else {"qkv": 1, "o": 2}
+    for site in ("qkv", "o"):
+        named = {n.rpartition(".")[2]: t for n, t in tensors.items() if f"0.self_attn.{site}_tr" in n}
+        assert {n: t.tolist() for n, t in named.items()} == (
+            {"clip": pytest.approx([0.9] * clips[site])} if clips else {}
+        )
+    assert tensors["model.layers.1.self_attn.v_transform.clip"].tolist() == pytest.approx([0.95] * 2)
+    assert "k 16" in inspect_folder(str(out))
+    assert "ok" in next(verify_folder(str(out), "reference"))
+    assert error(model, out) < 0.7
+
+
 def test_fp16_and_fp32_models_keep_their_dtype(tmp_path, calib):
     for dtype in (torch.float16, torch.float32):
         _, out = make(tmp_path, calib, name=str(dtype), dtype=dtype)
