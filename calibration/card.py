@@ -1,12 +1,31 @@
-"""The model card that goes into a checkpoint as README.md."""
+"""The model card that goes into a checkpoint as README.md, in the hub's own format.
+
+Written and read through ``huggingface_hub``'s card classes. What evaluations add stands in the metadata
+(``model-index``), and the table in the text is drawn from there.
+"""
 
 import json
+import platform
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..spec import FlatQuantSpec
+from .errors import UserError
 from .recipe import Recipe
+
+LICENCE_KEYS = ("license", "license_name", "license_link")
+"""What is carried over from the base model's card."""
+PACKAGES = ("torch", "transformers", "safetensors", "numpy")
+"""Whose versions decide the numbers of a checkpoint."""
+START, END = "<!-- results -->", "<!-- end of results -->"
+NO_RESULTS = (
+    "Not measured yet; `flatquant eval <folder> --protocol wikitext2 --text wiki.test.raw --original "
+    "<base model> --update-card` fills this in."
+)
 
 
 def public_name(given: str | Path) -> str:
@@ -14,26 +33,45 @@ def public_name(given: str | Path) -> str:
     return Path(given).resolve().name if Path(given).exists() else str(given)
 
 
-def model_card(path: Path, named: str, spec: FlatQuantSpec, recipe: Recipe, calib: str) -> str:
-    """Markdown with the hub's metadata block, for the model ``named`` whose folder is ``path``."""
+def model_card(
+    path: Path, named: str, spec: FlatQuantSpec, recipe: Recipe | None, calib: str, origin: str = ""
+) -> str:
+    """Markdown with the hub's metadata block, for the model ``named`` whose folder is ``path``.
+
+    recipe: None for a converted checkpoint, of which ``origin`` then tells in a sentence where it comes
+    from. calib: public name of the calibration text.
+    """
+    kv = "" if spec.kv.k_bits == spec.kv.v_bits == 16 else f"-kv{min(spec.kv.k_bits, spec.kv.v_bits)}"
     data = ModelCardData(
         base_model=named,
         base_model_relation="quantized",
-        license=base_licence(path),
+        **base_licence(path),
         library_name="vllm",
-        tags=["flatquant", spec.scheme, "vllm"],
+        pipeline_tag="text-generation",
+        tags=["flatquant", f"{spec.scheme}{kv}", f"{spec.weights.bits}-bit", "quantized", "vllm"],
+        model_name=f"{named.rpartition('/')[2]}-flatquant-{spec.scheme}{kv}",
     )
-    kv = "" if recipe.kv == 16 else f", {recipe.kv}-bit KV cache"
-    return f"""---
-{data.to_yaml()}
+    text = _BODY.format(
+        metadata=data.to_yaml(),
+        title=f"{named}, {recipe.system if recipe else 'FlatQuant'} {spec.scheme.upper()}{kv.upper()}",
+        numbers=_numbers(spec),
+        system=f"{recipe.system} ({recipe.paper})" if recipe else "FlatQuant (arXiv 2410.09426)",
+        producer=f"{spec.producer.name} {spec.producer.version}",
+        made=_made(recipe, calib) if recipe else origin,
+        results=f"{START}\n{NO_RESULTS}\n{END}",
+        shards=spec.shards,
+        versions=", ".join(f"{name} {number}" for name, number in versions().items()),
+    )
+    return str(ModelCard(text))
+
+
+_BODY = """---
+{metadata}
 ---
 
-# {named}, {recipe.system} {spec.scheme.upper()}
+# {title}
 
-Quantized by {spec.producer.name} {spec.producer.version} with {recipe.system} ({recipe.paper}): {recipe.weight_bits}-bit
-weights, {recipe.activation_bits}-bit activations{kv}. Rounding: {recipe.rounding.upper()}. Calibrated on
-{recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs, seed {recipe.seed}; `recipe.yaml` has
-every setting and `calibration_log.jsonl` each block's error.
+{numbers}. Quantized with {system} by {producer}.
 
 ## Serve
 
@@ -43,16 +81,115 @@ vllm serve <this folder or repository>
 ```
 
 Without the vllm-flatquant plugin vLLM answers "Unknown quantization method: flatquant". Check a download with
-`flatquant inspect <folder> --verify`. Tensor parallel sizes that divide {spec.shards} are served.
+`flatquant inspect <folder> --verify`. Tensor parallel sizes that divide {shards} are served.
+
+## Accuracy
+
+{results}
+
+## How it was made
+
+{made}
+
+Versions: {versions}.
 """
 
 
-def base_licence(path: Path) -> str | None:
-    """The licence named in the base model's own card, if it has one."""
+def _numbers(spec: FlatQuantSpec) -> str:
+    group = f"groups of {spec.weights.group_size}" if spec.weights.group_size else "one scale per output"
+    activations = (
+        "16-bit activations"
+        if spec.activations.bits == 16
+        else f"{spec.activations.bits}-bit activations per token"
+    )
+    cache = {16: "16-bit", 8: "8-bit", 4: "4-bit"}
+    kv = f"{cache[spec.kv.k_bits]} keys and {cache[spec.kv.v_bits]} values in the KV cache"
+    return f"{spec.weights.bits}-bit weights ({group}), {activations}, {kv}"
+
+
+def _made(recipe: Recipe, calib: str) -> str:
+    return (
+        f"Calibrated on {recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs for each "
+        f"block, {recipe.rounding.upper()} rounding, seed {recipe.seed}. The whole recipe (`recipe.yaml`), and "
+        f"`calibration_log.jsonl` has each block's error:\n\n```yaml\n{recipe.to_yaml(calib)}```"
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the numbers, as installed."""
+    found = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def base_licence(path: Path) -> dict[str, Any]:
+    """The licence keys of the base model's own card; empty if it has no card, or no licence in it."""
     card = path / "README.md"
     if not card.exists():
-        return None
+        return {}
     try:
-        return ModelCard.load(card).data.to_dict().get("license")
-    except (ValueError, OSError, json.JSONDecodeError):
-        return None
+        data = ModelCard.load(card).data.to_dict()
+    except (ValueError, OSError, json.JSONDecodeError, yaml.YAMLError):
+        return {}
+    return {key: data[key] for key in LICENCE_KEYS if isinstance(data.get(key), str)}
+
+
+def load_card(folder: Path) -> ModelCard:
+    """The card of a checkpoint folder; UserError if there is none, or none that can be read."""
+    file = folder / "README.md"
+    if not file.is_file():
+        raise UserError(f"{folder} has no README.md; make the checkpoint again, or copy its model card")
+    try:
+        return ModelCard.load(file)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file} is no model card ({why}); copy it again") from None
+
+
+def add_results(folder: Path, results: list[EvalResult]) -> None:
+    """Put results into the folder's card: into its metadata, in place of any of the same data, metric and
+    settings, and into the table. ``metric_args["unquantized"]`` of a result is the original's value.
+
+    Raises UserError if there is no card.
+    """
+    card = load_card(folder)
+    data: Any = card.data
+    kept = [r for r in data.eval_results or [] if not any(_same(r, new) for new in results)]
+    data.eval_results = [*kept, *results]
+    if not data.model_name:
+        data.model_name = folder.resolve().name
+    before, start, rest = card.text.partition(START)
+    _, end, after = rest.partition(END)
+    table = f"{START}\n{results_table(data.eval_results)}\n{END}"
+    if start and end:
+        card.text = before + table + after
+    else:
+        card.text = f"{card.text.rstrip()}\n\n## Accuracy\n\n{table}\n"
+    file = folder / "README.md"
+    new = file.with_name(".README.md.new")
+    new.write_text(str(card), encoding="utf-8")
+    new.replace(file)
+
+
+def _same(a: EvalResult, b: EvalResult) -> bool:
+    """Whether two results answer the same question, whatever the answers."""
+
+    def question(r: EvalResult) -> Any:
+        args = {k: v for k, v in (r.metric_args or {}).items() if k != "unquantized"}
+        return r.task_type, r.dataset_type, r.dataset_name, r.dataset_split, r.metric_name, args
+
+    return question(a) == question(b)
+
+
+def results_table(results: list[EvalResult]) -> str:
+    """A Markdown table of results, the original beside."""
+    lines = ["| data | metric | this checkpoint | unquantized |", "|---|---|---|---|"]
+    for r in results:
+        original = (r.metric_args or {}).get("unquantized")
+        beside = "not measured" if original is None else f"{original:.4f}"
+        lines.append(f"| {r.dataset_name} | {r.metric_name} | {r.metric_value:.4f} | {beside} |")
+    return "\n".join(lines)

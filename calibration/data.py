@@ -3,8 +3,9 @@
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ STDLIB_SKIPPED = {
 def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The folder's tokenizer; UserError if it has none that loads."""
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it may ask
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -90,7 +91,7 @@ def iterate_texts(calib: str) -> Iterator[str]:
         if not path.is_file():
             raise UserError(f"calibration file {calib} does not exist; check the path")
         text = read_text(path)
-        yield from [text] if path.suffix == ".txt" else jsonl_texts(path, text)
+        yield from [text] if path.suffix == ".txt" else jsonl_texts(path, text.split("\n"))
     elif path.suffix or path.exists():
         raise UserError(
             f"calibration source {calib} is not understood; give a .txt, .jsonl or .npy file, 'stdlib' or a "
@@ -110,9 +111,9 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def jsonl_texts(path: Path, content: str) -> Iterator[str]:
+def jsonl_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
     """The ``text`` field of each line."""
-    for number, line in enumerate(content.split("\n"), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 text = json.loads(line)["text"]
@@ -153,18 +154,22 @@ def is_held_out(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] < 13
 
 
-def dataset_texts(name: str) -> Iterator[str]:
-    """The ``text`` column of a Hugging Face dataset's train split, streamed. ``name`` or ``name:config``."""
+def dataset_texts(name: str, split: str = "train", files: str | None = None) -> Iterator[str]:
+    """The ``text`` column of a Hugging Face dataset's split, streamed.
+
+    name: ``name``, ``name:config`` or a folder. files: the one file of the repository that is the split.
+    """
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(
-            f"calibration source '{name}' is no file; to use a Hugging Face dataset install "
+            f"text source '{name}' is no file; to use a Hugging Face dataset install "
             "`pip install vllm-flatquant[datasets]`"
         ) from None
     repo, _, config = name.partition(":")
+    given: Any = {"data_files": {split: files}} if files else {}
     try:
-        for row in load_dataset(repo, config or None, split="train", streaming=True):
+        for row in load_dataset(repo, config or None, split=split, streaming=True, **given):
             yield row["text"]
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

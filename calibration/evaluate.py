@@ -23,27 +23,32 @@ def windows(tokens: Tensor, seq_len: int, limit: int | None = None) -> Tensor:
     return tokens[: count * seq_len].view(count, seq_len)
 
 
-@torch.no_grad()
 def perplexity(model: PreTrainedModel, rows: Tensor, batch_size: int = 4) -> float:
     """``exp`` of the mean next-token cross entropy over the last seq_len - 1 tokens of each row.
 
     model: a Transformers causal LM. rows: int64 [count, seq_len].
+    """
+    return math.exp(token_losses(model, rows, batch_size).mean())
+
+
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, rows: Tensor, batch_size: int = 4) -> Tensor:
+    """Cross entropy (nats) of each token but the first of each row, float64 [count, seq_len - 1].
+
+    Raises UserError if a token is outside the model's vocabulary.
     """
     device = next(model.parameters()).device
     embeddings: Any = model.get_input_embeddings()
     vocabulary = embeddings.weight.shape[0]
     if int(rows.max()) >= vocabulary or int(rows.min()) < 0:
         raise UserError(
-            f"token ids run from {int(rows.min())} to {int(rows.max())}, outside the model's vocabulary of {vocabulary}; tokenize with "
-            "this model's tokenizer"
+            f"token ids run from {int(rows.min())} to {int(rows.max())}, outside the model's vocabulary of "
+            f"{vocabulary}; tokenize with this model's tokenizer"
         )
-    total = 0.0
+    losses = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size].to(device)
         logits = model(batch, use_cache=False).logits[:, :-1].float()
-        total += (
-            F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
-            .double()
-            .item()
-        )
-    return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+        losses.append(loss.double().cpu().view(len(batch), -1))
+    return torch.cat(losses)

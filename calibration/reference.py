@@ -21,7 +21,7 @@ from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
 from .errors import UserError
-from .source import WeightFiles, load_config, meta_model, read_config, resolve_folder
+from .source import ModelSource, WeightFiles, load_config, meta_model, read_config, resolve_folder
 
 SITES = ("qkv", "o", "gate_up", "down")
 
@@ -216,6 +216,7 @@ def load_reference(
     state = {}
     blocks = network.get_submodule(arch.blocks)
     if spec is None:
+        ModelSource(path)  # refuses missing, unknown and misshapen tensors
         state = {n: files.tensor(n) for n in network.state_dict() if n in files}
     else:
         for i, layer in enumerate(blocks):

@@ -2,35 +2,81 @@
 
 import json
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda")]
+JsonOption = Annotated[bool, typer.Option("--json", help="end with one line of JSON")]
 
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="checkpoint folder, or an unquantized model")],
-    text: Annotated[str | None, typer.Option(help="UTF-8 text file")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="wikitext2, c4-new, or plain (the text as it is)")
+    ] = "plain",
+    text: Annotated[
+        str | None,
+        typer.Option(help="UTF-8 text file; with a protocol its data: .txt, .json(l)(.gz), .parquet"),
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help=".npy file of token ids")] = None,
     dataset: Annotated[
-        str | None, typer.Option(help="Hugging Face dataset, name or name:config")
+        str | None, typer.Option(help="Hugging Face dataset, name or name:config [the protocol's]")
     ] = None,
-    seq_len: Annotated[int, typer.Option(help="tokens per window")] = 2048,
-    limit: Annotated[int | None, typer.Option(help="windows to evaluate [all]")] = None,
-    backend: Annotated[str, typer.Option(help="reference (PyTorch) or vllm")] = "reference",
+    seq_len: Annotated[int | None, typer.Option(help="tokens per window [2048]")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="tasks of lm-evaluation-harness instead, separated by commas")
+    ] = None,
+    include_path: Annotated[
+        str | None, typer.Option(help="with --tasks: folder with task files of your own")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="with --tasks: examples [the task's]")] = None,
+    limit: Annotated[int | None, typer.Option(help="windows (or documents of a task) [all]")] = None,
+    backend: Annotated[
+        str, typer.Option(help="reference (PyTorch), vllm, or both and their difference")
+    ] = "reference",
+    original: Annotated[
+        str | None, typer.Option(help="unquantized model to measure beside [the card's base_model]")
+    ] = None,
+    update_card: Annotated[
+        bool, typer.Option("--update-card", help="put the result and the original's into README.md")
+    ] = False,
     dtype: Annotated[str, typer.Option(help="mathematics outside the integer products")] = "float32",
     device: DeviceOption = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Perplexity over non-overlapping windows: mean next-token cross entropy of each, exponentiated."""
-    from .tools.evaluation import evaluate as run
+    """Perplexity over non-overlapping windows (mean next-token cross entropy of each, exponentiated), or
+    the scores of tasks."""
+    result: Any
+    if tasks is not None:
+        from .tools.tasks import run_tasks, score_lines
 
-    result = run(model, text, tokens, dataset, seq_len, limit, backend, dtype, device)
-    print(
-        f"perplexity {result['perplexity']:.4f} over {result['windows']} windows of {seq_len} tokens "
-        f"({backend}, {dtype})"
-    )
+        names = [name.strip() for name in tasks.split(",") if name.strip()]
+        result = run_tasks(
+            *(
+                model,
+                names,
+                include_path,
+                num_fewshot,
+                limit,
+                backend,
+                dtype,
+                device,
+                original,
+                update_card,
+            )
+        )
+        lines = score_lines(result)
+    else:
+        from .tools.evaluation import evaluate as run
+        from .tools.evaluation import result_lines
+
+        result = run(
+            *(model, text, tokens, dataset, seq_len, limit, backend, dtype, device),
+            *(protocol, original, update_card),
+        )
+        lines = result_lines(result)
+    print("\n".join(lines))
     if as_json:
         print(json.dumps(result))
 

@@ -1,62 +1,160 @@
-"""``flatquant eval``."""
+"""``flatquant eval``: perplexity on the reference backend, through vLLM, or both, and of the original."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import EvalResult
+from torch import Tensor
 
-from ..calibration.data import evaluation_tokens
+from ..calibration.card import add_results, load_card
 from ..calibration.errors import UserError
-from ..calibration.evaluate import perplexity, windows
+from ..calibration.evaluate import token_losses
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, read_spec
 from ..calibration.source import load_config, resolve_folder
-from .served import perplexity_vllm
+from .protocols import SEQ_LEN, Windows, evaluation_windows
+from .served import token_losses_vllm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BACKENDS = ("reference", "vllm", "both")
 
 
 def evaluate(
     model: str,
-    text: str | None,
-    tokens: str | None,
-    dataset: str | None,
-    seq_len: int,
-    limit: int | None,
+    text: str | None = None,
+    tokens: str | None = None,
+    dataset: str | None = None,
+    seq_len: int | None = None,
+    limit: int | None = None,
     backend: str = "reference",
     dtype: str = "float32",
     device: str = "auto",
+    protocol: str = "plain",
+    original: str | None = None,
+    update_card: bool = False,
 ) -> dict[str, Any]:
-    """Perplexity of a checkpoint or an unquantized model.
+    """Perplexity of a checkpoint or an unquantized model, and of ``original`` beside it.
 
-    Returns perplexity, tokens (predicted), windows, seq_len, backend, dtype and model.
-    Raises UserError for bad input.
+    original: the unquantized model; with ``update_card`` the one that the card names, if not given.
+    Returns perplexity, tokens (predicted), windows, seq_len, data (the protocol or the text), backend,
+    dtype and model; with both backends served_perplexity, difference (served / reference - 1) and
+    token_difference (mean absolute difference of a token's log-probability, in nats) too; with an
+    original original_perplexity. Raises UserError for bad input.
     """
-    if backend not in ("reference", "vllm"):
-        raise UserError(f"backend '{backend}' is unknown; use reference or vllm")
-    if dtype not in DTYPES:
-        raise UserError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
-    if seq_len < 2:
+    check_options(backend, dtype, limit)
+    if seq_len is not None and seq_len < 2:
         raise UserError(f"seq_len={seq_len} leaves nothing to predict; use 2 or more")
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit} leaves no window; use 1 or more")
     path = resolve_folder(model)
-    rows = windows(evaluation_tokens(path, text, tokens, dataset), seq_len, limit)
-    context = getattr(load_config(path), "max_position_embeddings", seq_len)
-    if seq_len > context:
-        raise UserError(
-            f"seq_len={seq_len} is beyond the model's context of {context} tokens; use --seq-len {context}"
-        )
-    if backend == "reference":
-        value = perplexity(load_reference(path, choose_device(device), DTYPES[dtype]), rows)
-    else:
-        read_spec(path)
-        value = perplexity_vllm(path, rows, dtype)
-    return {
-        "perplexity": value,
-        "tokens": rows.shape[0] * (seq_len - 1),
+    if update_card:
+        original = original or card_original(path)
+    beside = resolve_folder(original) if original else None
+    found = evaluation_windows(path, protocol, text, tokens, dataset, seq_len, limit)
+    rows = found.rows
+    for folder in (path, beside):
+        context = getattr(load_config(folder), "max_position_embeddings", SEQ_LEN) if folder else None
+        if context is not None and rows.shape[1] > context:
+            raise UserError(
+                f"seq_len={rows.shape[1]} is beyond the model's context of {context} tokens; use --seq-len "
+                f"{context}"
+            )
+    first = "vllm" if backend == "vllm" else "reference"
+    losses = measure(path, rows, first, dtype, device)
+    result: dict[str, Any] = {
+        "perplexity": perplexity_of(losses),
+        "tokens": losses.numel(),
         "windows": rows.shape[0],
-        "seq_len": seq_len,
+        "seq_len": rows.shape[1],
+        "data": found.name,
         "backend": backend,
         "dtype": dtype,
         "model": str(model),
     }
+    if backend == "both":
+        served = measure(path, rows, "vllm", dtype, device)
+        result["served_perplexity"] = perplexity_of(served)
+        result["difference"] = result["served_perplexity"] / result["perplexity"] - 1
+        result["token_difference"] = (served - losses).abs().mean().item()
+    if beside:
+        result["original_perplexity"] = perplexity_of(measure(beside, rows, first, dtype, device))
+    if update_card:
+        add_results(path, [card_result(result, found)])
+    return result
+
+
+def check_options(backend: str, dtype: str, limit: int | None) -> None:
+    """UserError for a backend, dtype or limit that does not exist."""
+    if backend not in BACKENDS:
+        raise UserError(f"backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit} leaves nothing to measure; use 1 or more")
+
+
+def measure(path: Path, rows: Tensor, backend: str, dtype: str, device: str) -> Tensor:
+    """Cross entropy of each token but the first of rows [count, seq_len], float64 [count, seq_len - 1]."""
+    if backend == "reference":
+        return token_losses(load_reference(path, choose_device(device), DTYPES[dtype]), rows)
+    read_spec(path)
+    return token_losses_vllm(path, rows, dtype)
+
+
+def perplexity_of(losses: Tensor) -> float:
+    """``exp`` of the mean."""
+    return math.exp(losses.mean())
+
+
+def card_original(path: Path) -> str:
+    """The base model that the folder's card names; UserError if this machine cannot know where it is."""
+    named = getattr(load_card(path).data, "base_model", None)
+    if isinstance(named, str) and (Path(named).is_dir() or "/" in named):
+        return named
+    raise UserError(
+        f"{path}: its card calls the original '{named}', which is no folder here; say where it is with --original"
+    )
+
+
+def card_result(result: dict[str, Any], found: Windows) -> EvalResult:
+    """One perplexity as the hub's metadata holds it."""
+    name, _, config = (found.dataset or found.data).partition(":")
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=name,
+        dataset_name=found.data,
+        dataset_config=config or None,
+        dataset_split=found.split,
+        metric_type="perplexity",
+        metric_name=f"perplexity ({found.change})" if found.change else "perplexity",
+        metric_value=round(result["perplexity"], 4),
+        metric_args={
+            "windows": result["windows"],
+            "seq_len": result["seq_len"],
+            "backend": "vllm" if result["backend"] == "vllm" else "reference",
+            "dtype": result["dtype"],
+            "unquantized": round(result["original_perplexity"], 4),
+        },
+    )
+
+
+def result_lines(result: dict[str, Any]) -> list[str]:
+    """What to print of ``evaluate``'s result."""
+    backend = "reference" if result["backend"] == "both" else result["backend"]
+    lines = [
+        (
+            f"perplexity {result['perplexity']:.4f} over {result['windows']} windows of {result['seq_len']} tokens of "
+            f"{result['data']} ({backend}, {result['dtype']})"
+        )
+    ]
+    if "served_perplexity" in result:
+        lines.append(
+            f"served     {result['served_perplexity']:.4f} through vLLM: {100 * result['difference']:+.3f}%, a token's "
+            f"log-probability differs by {result['token_difference']:.2e} nat in the mean"
+        )
+    if "original_perplexity" in result:
+        ratio = result["perplexity"] / result["original_perplexity"] - 1
+        lines.append(
+            f"original   {result['original_perplexity']:.4f} unquantized: the checkpoint's is {100 * ratio:+.2f}%"
+        )
+    return lines

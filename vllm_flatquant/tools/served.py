@@ -1,6 +1,5 @@
 """A checkpoint asked through vLLM's own engine: prompt log-probabilities in float32 or 16 bits."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,26 @@ engines_started = 0
 """In this process; the command line leaves differently after one."""
 
 
+def prepare_engine() -> None:
+    """Set what vLLM reads from the environment; call it before vLLM is imported and an engine started.
+
+    Raises UserError if vLLM is not installed.
+    """
+    # vLLM logs to stdout by default, where the result belongs.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    if not torch.cuda.is_available():
+        # GiB; by default vLLM wants most of the machine's memory, which a busy machine does not have.
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    # The one generated token may lie beyond the model's context: it is scored, never read.
+    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    try:
+        import vllm  # noqa: F401
+    except ImportError:
+        raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
+    global engines_started
+    engines_started += 1
+
+
 def prompt_logprobs(
     model: str | Path, rows: list[list[int]], dtype: str = "float32", top: int = 0
 ) -> list[list[dict[int, float]]]:
@@ -23,20 +42,10 @@ def prompt_logprobs(
     log-probability at position i + 1; the last entry is that of the first generated token (its ``top``).
     Raises UserError if vLLM is not installed.
     """
-    # vLLM logs to stdout by default, where the result belongs.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    if not torch.cuda.is_available():
-        # GiB; by default vLLM wants most of the machine's memory, which a busy machine does not have.
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    try:
-        from vllm import LLM, SamplingParams
-    except ImportError:
-        raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
-    global engines_started
+    prepare_engine()
+    from vllm import LLM, SamplingParams
+
     length = len(rows[0])
-    # The one generated token may lie beyond the model's context: it is scored, never read.
-    os.environ.setdefault("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
-    engines_started += 1
     engine = LLM(
         model=str(model),
         dtype=dtype,  # type: ignore[arg-type]
@@ -60,9 +69,14 @@ def prompt_logprobs(
     return found
 
 
-def perplexity_vllm(model: str | Path, rows: Tensor, dtype: str = "float32") -> float:
-    """``calibration.evaluate.perplexity`` of rows int64 [count, seq_len], from vLLM."""
-    total = 0.0
-    for row, entries in zip(rows.tolist(), prompt_logprobs(model, rows.tolist(), dtype), strict=True):
-        total -= sum(entry[token] for token, entry in zip(row[1:], entries, strict=False))
-    return math.exp(total / (rows.shape[0] * (rows.shape[1] - 1)))
+def token_losses_vllm(model: str | Path, rows: Tensor, dtype: str = "float32") -> Tensor:
+    """``calibration.evaluate.token_losses`` of rows int64 [count, seq_len], from vLLM."""
+    return torch.tensor(
+        [
+            [-entry[token] for token, entry in zip(row[1:], entries, strict=False)]
+            for row, entries in zip(
+                rows.tolist(), prompt_logprobs(model, rows.tolist(), dtype), strict=True
+            )
+        ],
+        dtype=torch.float64,
+    )
