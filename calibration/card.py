@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..files import first_line
 from ..spec import FlatQuantSpec
 from .errors import UserError
 from .recipe import Recipe
@@ -146,8 +147,7 @@ def load_card(folder: Path) -> ModelCard:
     try:
         return ModelCard.load(file)
     except (ValueError, OSError, yaml.YAMLError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{file} is no model card ({why}); copy it again") from None
+        raise UserError(f"{file} is no model card ({first_line(error)}); copy it again") from None
 
 
 def add_results(folder: Path, results: list[EvalResult]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..files import first_line
 from .errors import UserError
 
 # Tests are not library code; encodings and pydoc_data are tables that drown everything else.
@@ -31,9 +32,8 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)  # else it may ask
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"{path} has no usable tokenizer ({why}); add its tokenizer files or pass token ids as .npy"
+            f"{path} has no usable tokenizer ({first_line(error)}); add its tokenizer files or pass token ids as .npy"
         ) from None
 
 
@@ -172,9 +172,8 @@ def dataset_texts(name: str, split: str = "train", files: str | None = None) -> 
         for row in load_dataset(repo, config or None, split=split, streaming=True, **given):
             yield row["text"]
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"dataset '{name}' cannot be read ({why}); check the name and the network"
+            f"dataset '{name}' cannot be read ({first_line(error)}); check the name and the network"
         ) from None
 
 

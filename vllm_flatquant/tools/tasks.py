@@ -15,6 +15,7 @@ from ..calibration.errors import UserError
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, read_spec
 from ..calibration.source import load_config, resolve_folder
+from ..files import first_line
 from . import served
 from .evaluation import DTYPES, card_original, check_options
 
@@ -111,9 +112,8 @@ def _evaluate(
             log_samples=False,
         )
     except (FileNotFoundError, ConnectionError, OSError) as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"the data of {', '.join(tasks)} cannot be read ({why}); check the network, or give task files with "
+            f"the data of {', '.join(tasks)} cannot be read ({first_line(error)}); check the network, or give task files with "
             "local data in --include-path"
         ) from None
     assert found is not None  # None only on the other ranks of a distributed run
