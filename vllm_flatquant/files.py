@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError
+from .errors import CheckpointError, shown
 from .sites import check_head_dim, checkpoint_shapes
 from .spec import FlatQuantSpec
 
@@ -61,11 +61,11 @@ def file_inside(folder: Path, name: str) -> Path:
         file.exists()  # raises for names that no file can have
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder}: {name[:80]!r} is no usable file name ({type(error).__name__}); {AGAIN}"
+            f"{folder}: '{shown(name)}' is no usable file name ({type(error).__name__}); {AGAIN}"
         ) from None
     if not inside:
         raise CheckpointError(
-            f"{folder}: {name[:80]!r} points outside its folder; copy the file there, or {AGAIN}"
+            f"{folder}: '{shown(name)}' points outside its folder; copy the file there, or {AGAIN}"
         )
     return file
 
@@ -92,7 +92,7 @@ def weight_files(folder: Path, skip: Collection[str] = ()) -> list[Path]:
         files = [file_inside(folder, name) for name in found if name not in skip]
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{folder} lacks {file.name}, which its index lists; {AGAIN}")
+            raise CheckpointError(f"{folder} lacks {shown(file.name)}, which its index lists; {AGAIN}")
     return files
 
 
@@ -119,7 +119,7 @@ def stored_tensors(folder: Path, skip: Collection[str] = ()) -> dict[str, Stored
 def first_line(error: Exception) -> str:
     """What ``error`` says, cut to what fits into a sentence."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return shown(lines[0], 200) if lines else type(error).__name__
 
 
 def check_sizes(config: Mapping[str, Any]) -> None:
@@ -130,7 +130,7 @@ def check_sizes(config: Mapping[str, Any]) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise CheckpointError(
-                f"config.json: {key} is {str(value)[:40]}, not a number from 1 to {largest}; {AGAIN}"
+                f"config.json: {key} is {shown(value, 40)}, not a number from 1 to {largest}; {AGAIN}"
             )
 
 
@@ -150,7 +150,7 @@ def check_tensors(
     for kind, names in (("lacks", missing), ("has unknown", unknown)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise CheckpointError(f"{folder} {kind} tensor {names[0][:200]!s}{more}; {AGAIN}")
+            raise CheckpointError(f"{folder} {kind} tensor {shown(names[0], 200)}{more}; {AGAIN}")
     for name, shape in expected.items():
         stored = found[name]
         if stored.shape != shape:

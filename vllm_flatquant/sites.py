@@ -211,7 +211,13 @@ def checkpoint_shapes(
             prefix = f"{block}.{site.module}"
             if is_quantized(spec, prefix):
                 for part in site.parts:
-                    outputs, inputs = shapes.pop(checkpoint_name(prefix, f"{part}.weight"))
+                    name = checkpoint_name(prefix, f"{part}.weight")
+                    if name not in shapes:
+                        raise UnsupportedError(
+                            f"the model of config.json has no {name}, so it is none that FlatQuant serves; "
+                            "use a supported model (Llama, Mistral, Qwen2, Qwen3)"
+                        )
+                    outputs, inputs = shapes.pop(name)
                     sizes[part] = (outputs, inputs)
         tensors = block_tensors(spec, block, sizes)
         shapes |= {name: shape for name, shape in tensors.items() if shape is not None}

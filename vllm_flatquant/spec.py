@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .errors import shown
+
 FORMAT_VERSION = 1
 QUANT_METHOD = "flatquant"
 SCHEMES: dict[str, tuple[int, int]] = {
@@ -158,17 +160,17 @@ def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
         )
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise SpecError(
-            f"quantization_config.format_version is {version}, this version of vllm-flatquant reads up "
+            f"quantization_config.format_version is {shown(version)}, this version of vllm-flatquant reads up "
             f"to {FORMAT_VERSION}; upgrade with `pip install -U vllm-flatquant`"
         )
     try:
         return FlatQuantSpec.model_validate(config)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key = shown(".".join(str(part) for part in first["loc"]))
         name = f"quantization_config.{key}" if key else "quantization_config"
         if first["type"] == "extra_forbidden":
             why = "unknown key; remove it or upgrade vllm-flatquant"
         else:
-            why = first["msg"].removeprefix("Value error, ")
+            why = shown(first["msg"].removeprefix("Value error, "), 300)
         raise SpecError(f"{name}: {why}") from None
