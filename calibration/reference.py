@@ -7,21 +7,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..errors import CheckpointError, UnsupportedError
-from ..files import check_tensors, head_size
 from ..kernels.kron import kron_ref
 from ..kernels.kron_quant import kron_quant_ref
 from ..kernels.pack import unpack_codes
 from ..kernels.quantize import dequantize_weight_ref, fake_quant_kv_ref
 from ..kernels.w4_gemm import w4_gemm_ref
-from ..sites import check_head_dim, checkpoint_shapes
 from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
 from .errors import UserError
-from .source import ModelSource, WeightFiles, load_config, meta_model, read_config, resolve_folder
+from .source import ModelSource, WeightFiles, check_weights, load_config, meta_model, read_config, resolve_folder
 
 SITES = ("qkv", "o", "gate_up", "down")
 
@@ -210,7 +207,8 @@ def load_reference(
     spec = read_spec(path)
     config = load_config(path)
     arch = find_architecture(config.model_type)
-    files = check_checkpoint(path, config, spec) if spec is not None else WeightFiles(path)
+    files = WeightFiles(path)
+    check_weights(path, config, files, spec)
     network: Any = meta_model(config)
     network.to(dtype)  # whatever config.json calls the dtype, nothing is rounded on the way in
     state = {}
@@ -237,19 +235,3 @@ def load_reference(
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
     return network.to(device).eval()
-
-
-def check_checkpoint(path: Path, config: PreTrainedConfig, spec: FlatQuantSpec) -> WeightFiles:
-    """The weights of a checkpoint folder; UserError that names the first missing, unknown, misshapen or
-    mistyped tensor, or what ``ignore`` cannot name."""
-    arch = find_architecture(config.model_type)
-    files = WeightFiles(path)
-    shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
-    if getattr(config, "tie_word_embeddings", False):
-        shapes.pop("lm_head.weight", None)
-    try:
-        check_head_dim(spec, head_size(config))
-        check_tensors(path, files.stored, checkpoint_shapes(spec, shapes, arch.blocks))
-    except (CheckpointError, UnsupportedError) as error:
-        raise UserError(str(error)) from None
-    return files

@@ -11,8 +11,18 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError
-from ..files import check_sizes, file_inside, first_line, stored_tensors, weight_files
+from ..errors import CheckpointError, UnsupportedError
+from ..files import (
+    check_sizes,
+    check_tensors,
+    file_inside,
+    first_line,
+    head_size,
+    stored_tensors,
+    weight_files,
+)
+from ..sites import check_head_dim, checkpoint_shapes
+from ..spec import FlatQuantSpec
 from .architectures import Architecture, find_architecture
 from .attention import ATTENTION
 from .errors import UserError
@@ -33,8 +43,6 @@ SIDE_FILES = (
 
 GOLDEN = "golden.safetensors"
 """A checkpoint's self-test, no part of the weights."""
-
-FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class ModelSource:
@@ -58,37 +66,8 @@ class ModelSource:
         self.files = WeightFiles(self.path)
         self.model: Any = meta_model(self.config)
         self.num_blocks: int = self.config.num_hidden_layers
-        self._check_names()
-        for name in self.files.names:
-            if self.files.dtype(name) not in FLOATS:
-                raise UserError(
-                    f"{self.path}: tensor {name} is {self.files.dtype(name)}; weights must be float16, bfloat16 "
-                    "or float32, so start from the original model"
-                )
+        check_weights(self.path, self.config, self.files)
         self.dtype = self.files.dtype(f"{self.arch.blocks}.0.{self.arch.o}.weight")
-
-    def _check_names(self) -> None:
-        expected = dict(self.model.state_dict())
-        shapes = {n: tuple(t.shape) for n, t in expected.items()}
-        if getattr(self.config, "tie_word_embeddings", False):
-            shapes.pop("lm_head.weight", None)
-        missing = sorted(n for n in shapes if n not in self.files)
-        extra = sorted(
-            n for n in self.files.names if n not in expected and not n.endswith("rotary_emb.inv_freq")
-        )
-        for kind, names in (("lacks", missing), ("has unknown", extra)):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise UserError(
-                    f"{self.path} {kind} tensor {names[0]}{more}; "
-                    "download the model again, or check that config.json belongs to these weights"
-                )
-        for name, shape in shapes.items():
-            if self.files.shape(name) != shape:
-                raise UserError(
-                    f"{self.path}: tensor {name} has shape {self.files.shape(name)}, config.json asks for "
-                    f"{shape}; check that config.json belongs to these weights"
-                )
 
     def block_prefix(self, index: int) -> str:
         """``model.layers.N.``"""
@@ -167,6 +146,23 @@ class WeightFiles:
         return tensor
 
 
+def check_weights(
+    path: Path, config: PreTrainedConfig, files: WeightFiles, spec: FlatQuantSpec | None = None
+) -> None:
+    """UserError that names the first missing, unknown, misshapen or mistyped tensor of a model folder, or of
+    a checkpoint with that spec, or what the spec's ``ignore`` cannot name."""
+    shapes = {n: tuple(t.shape) for n, t in meta_model(config).state_dict().items()}
+    if getattr(config, "tie_word_embeddings", False):
+        shapes.pop("lm_head.weight", None)
+    try:
+        if spec is not None:
+            check_head_dim(spec, head_size(config))
+            shapes = checkpoint_shapes(spec, shapes, find_architecture(config.model_type).blocks)
+        check_tensors(path, files.stored, shapes)
+    except (CheckpointError, UnsupportedError) as error:
+        raise UserError(str(error)) from None
+
+
 def _no_weights(path: Path) -> str:
     if any(any(path.glob(pattern)) for pattern in ("*.bin", "*.pt", "*.pth")):
         return (
@@ -222,7 +218,10 @@ def load_config(path: Path) -> PreTrainedConfig:
     """Transformers' config of a folder; UserError with its complaint if it has one."""
     try:
         check_sizes(read_config(path))
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        # What a model returns is for whoever runs it to say, not for the file.
+        config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
+        return config
     except CheckpointError as error:
         raise UserError(f"{path}/{error}") from None
     except UserError:
@@ -241,8 +240,9 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION)
         base: Any = model.model
         base.rotary_emb = type(base.rotary_emb)(config=config)
-    except (KeyError, ValueError, TypeError, RuntimeError, AssertionError) as error:
+    except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         raise UserError(
-            f"config.json describes no usable model ({error!r}); download it again"
+            f"config.json describes no usable model ({type(error).__name__}: {first_line(error)}); download it "
+            "again"
         ) from None
     return model.eval().requires_grad_(False)

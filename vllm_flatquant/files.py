@@ -33,7 +33,7 @@ LARGEST_SIZES = {
 }
 """Sizes of config.json beyond which it is damaged: building a model from them would take all memory."""
 
-_FLOATS = ("F32", "BF16", "F16")
+_FLOATS = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def check_tensors(
             )
         if stored.dtype not in _legal_types(name):
             raise CheckpointError(
-                f"{folder}: {name} is {stored.dtype} but must be {_legal_types(name)[0]}; {AGAIN}"
+                f"{folder}: {name} is {stored.dtype} but must be {' or '.join(_legal_types(name))}; {AGAIN}"
             )
 
 

@@ -55,7 +55,8 @@ class Weights(_Strict):
     @classmethod
     def _own_layout(cls, data: Any) -> Any:
         if isinstance(data, dict) and "layout" not in data:
-            return {**data, "layout": LAYOUTS.get(data.get("bits", 4), "")}
+            bits = data.get("bits", 4)
+            return {**data, "layout": LAYOUTS.get(bits, "") if isinstance(bits, int) else ""}
         return data
 
     @model_validator(mode="after")

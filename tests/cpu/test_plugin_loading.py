@@ -177,8 +177,8 @@ def test_wrong_dtype_is_named(tmp_path, no_check_of_files):
         (f"{MLP}.up_proj.weight_packed", torch.int32, "is I32 but must be U8"),
         (f"{MLP}.up_proj.weight_scale", torch.bfloat16, "is BF16 but must be F32"),
         (f"{MLP}.down_transform.clip", torch.float64, "is F64 but must be F32"),
-        (f"{ATTENTION}.q_proj.bias", torch.int8, "is I8 but must be F32"),
-        ("model.norm.weight", torch.float8_e4m3fn, "is F8_E4M3 but must be F32"),
+        (f"{ATTENTION}.q_proj.bias", torch.int8, "is I8 but must be F16 or BF16 or F32"),
+        ("model.norm.weight", torch.float8_e4m3fn, "is F8_E4M3 but must be F16 or BF16 or F32"),
     ],
 )
 def test_wrong_dtype_is_named_before_the_engine_starts(tmp_path, name, dtype, message):

@@ -27,6 +27,8 @@ from vllm_flatquant.errors import CheckpointError, UnsupportedError
 from vllm_flatquant.files import check_files
 from vllm_flatquant.spec import SpecError, parse_spec
 
+from ..cpu.tiny_checkpoint import Recipe, random_model, write_checkpoint
+
 OURS = (UserError, SpecError, CheckpointError, UnsupportedError)
 SLOWEST_SECONDS = 20.0
 MOST_MEMORY = 1 << 30
@@ -141,13 +143,19 @@ def damaged_weights(draw: Any, file: bytes) -> bytes:
 
 
 class Sample:
-    """A checkpoint folder that the cases damage: its config, weights and index as they should be."""
+    """A folder that the cases damage: its config, weights and index as they should be."""
 
     def __init__(self, folder: Path):
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text())
         self.weights = (folder / "model.safetensors").read_bytes()
         names = [name for name in split(self.weights)[0] if name != "__metadata__"]
         self.index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+        quantized = "quantization_config" in self.config
+        self.readers = (
+            (read_as_plugin, read_as_reference, read_spec)
+            if quantized
+            else (read_as_source, read_as_reference)
+        )
 
     def write(self, folder: Path, config: Any = None, weights: bytes = b"", index: Any = None) -> None:
         """Write the folder with what is given in place of what should be."""
@@ -156,6 +164,14 @@ class Sample:
         (folder / "model.safetensors.index.json").write_text(
             json.dumps(self.index if index is None else index)
         )
+
+
+def make_samples(folder: Path) -> dict[bool, Sample]:
+    """A tiny checkpoint (False) and a tiny unquantized model (True), made in ``folder``."""
+    recipe = Recipe("Qwen2", layers=1, k_bits=4, v_bits=4)
+    write_checkpoint(folder / "quantized", recipe)
+    random_model(recipe).save_pretrained(folder / "unquantized")
+    return {False: Sample(folder / "quantized"), True: Sample(folder / "unquantized")}
 
 
 def one_sentence(call: Callable[[], Any]) -> str:
@@ -186,7 +202,7 @@ def read_as_plugin(folder: Path) -> None:
 
 
 def read_as_reference(folder: Path) -> None:
-    """Load a checkpoint for the reference backend and run two tokens; refuse it as a model to quantize."""
+    """Load a folder for the reference backend and run two tokens."""
     model = load_reference(folder)
     with torch.no_grad():
         model(torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
@@ -197,21 +213,19 @@ def read_as_source(folder: Path) -> None:
     ModelSource(folder)
 
 
-READERS = (read_as_plugin, read_as_reference, read_as_source, read_spec)
-
-
 def fuzz(target: str, sample: Sample, cases: int, number: int = 0) -> Counter[str]:
     """Run ``cases`` cases of one target; how many were refused, accepted, and by which reader.
 
-    Raises what a reader raised, with the smallest case that makes it do so.
+    sample: a checkpoint, or an unquantized model for the targets that say so. number: the seed. Raises what a reader raised, with the smallest case that makes it do so.
     """
     seen: Counter[str] = Counter()
+    part = target.split()[-1]
     strategy = {
-        "spec": damaged(sample.config["quantization_config"]),
+        "spec": damaged(sample.config.get("quantization_config")),
         "config": damaged(sample.config),
         "header": damaged_weights(sample.weights),
         "index": damaged(sample.index),
-    }[target]
+    }[part]
 
     @seed(number)
     @settings(
@@ -226,13 +240,13 @@ def fuzz(target: str, sample: Sample, cases: int, number: int = 0) -> Counter[st
     def case(value: Any) -> None:
         seen["cases"] += 1
         start = time.monotonic()
-        if target == "spec":
+        if part == "spec":
             seen["refused" if one_sentence(lambda: parse_spec(value)) else "accepted"] += 1
         else:
             with tempfile.TemporaryDirectory() as name:
                 folder = Path(name)
-                sample.write(folder, **{{"header": "weights"}.get(target, target): value})
-                for reader in READERS:
+                sample.write(folder, **{{"header": "weights"}.get(part, part): value})
+                for reader in sample.readers:
                     refused = one_sentence(lambda reader=reader: reader(folder))  # type: ignore[misc]
                     seen[f"{reader.__name__}: {'refused' if refused else 'accepted'}"] += 1
         taken = time.monotonic() - start
@@ -245,5 +259,12 @@ def fuzz(target: str, sample: Sample, cases: int, number: int = 0) -> Counter[st
     return seen
 
 
-TARGETS = {"spec": 0.3, "config": 0.3, "header": 0.3, "index": 0.1}
-"""Share of the cases that each target gets."""
+TARGETS = {
+    "spec": 0.2,
+    "config": 0.25,
+    "header": 0.2,
+    "index": 0.1,
+    "unquantized config": 0.15,
+    "unquantized header": 0.1,
+}
+"""What is damaged -> its share of the cases."""

@@ -10,8 +10,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.errors import UserError
-from ..calibration.reference import check_checkpoint, load_reference, read_spec
-from ..calibration.source import GOLDEN, folder_file, load_config, resolve_folder
+from ..calibration.reference import load_reference, read_spec
+from ..calibration.source import (
+    GOLDEN,
+    WeightFiles,
+    check_weights,
+    folder_file,
+    load_config,
+    resolve_folder,
+)
 from ..choice import choose_backend
 from .served import prompt_logprobs
 
@@ -30,7 +37,8 @@ def inspect_folder(folder: str) -> str:
     if spec is None:
         raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
     config = load_config(path)
-    files = check_checkpoint(path, config, spec)
+    files = WeightFiles(path)
+    check_weights(path, config, files, spec)
     size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     capability = None
     if torch.cuda.is_available():
