@@ -18,7 +18,15 @@ from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
 from .errors import UserError
-from .source import ModelSource, WeightFiles, check_weights, load_config, meta_model, read_config, resolve_folder
+from .source import (
+    ModelSource,
+    WeightFiles,
+    check_weights,
+    load_config,
+    meta_model,
+    read_config,
+    resolve_folder,
+)
 
 SITES = ("qkv", "o", "gate_up", "down")
 
