@@ -69,24 +69,23 @@ def clocks() -> str:
     )
 
 
-def environment() -> dict[str, str]:
-    """GPU, versions and commit, as every results row carries them.
+def commit() -> str:
+    """The commit of this tree. COMMIT names it where there is no git, as in a copy on another machine."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return os.environ.get("COMMIT") or done.stdout.strip() or "unknown"
 
-    COMMIT names the commit where there is no git, as in a copy of the tree on another machine.
-    """
+
+def environment() -> dict[str, str]:
+    """GPU, versions and commit, as every results row carries them."""
     import triton
 
-    commit = (
-        os.environ.get("COMMIT")
-        or subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-        ).stdout.strip()
-    )
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": commit or "unknown",
+        "commit": commit(),
     }
 
 

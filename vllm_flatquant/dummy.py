@@ -32,8 +32,8 @@ def fill_dummy(layer: nn.Module) -> None:
 
 
 def _orthogonal(like: Tensor) -> Tensor:
-    """Random orthogonal matrices [..., n, n] in float32 on ``like``'s device."""
-    matrices = like.new_empty(like.shape).reshape(-1, *like.shape[-2:])
+    """Random orthogonal matrices [..., n, n] in float32; made on the CPU, which needs no solver's workspace."""
+    matrices = torch.empty(like.shape, dtype=torch.float32, device="cpu").reshape(-1, *like.shape[-2:])
     for matrix in matrices:
         nn.init.orthogonal_(matrix)
     return matrices.reshape(like.shape)

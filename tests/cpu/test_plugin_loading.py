@@ -1,5 +1,6 @@
 """The strict loader: each damaged checkpoint is refused with a sentence that names the tensor."""
 
+import dataclasses
 import gc
 import json
 
@@ -245,8 +246,9 @@ def test_config_that_does_not_fit_its_spec_is_refused(tmp_path, changes, match, 
         load_model(tmp_path)
 
 
-def test_dummy_weights_are_random_codes_and_orthogonal_transforms(tmp_path):
-    write_checkpoint(tmp_path, QUANTIZED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dummy_weights_are_random_codes_and_orthogonal_transforms(tmp_path, dtype):
+    write_checkpoint(tmp_path, dataclasses.replace(QUANTIZED, dtype=dtype))
     (tmp_path / "model.safetensors").unlink()
     block = load_model(tmp_path, load_format="dummy").model.layers[0]
     down, attention = block.mlp.down_proj, block.self_attn.attn
@@ -259,7 +261,7 @@ def test_dummy_weights_are_random_codes_and_orthogonal_transforms(tmp_path):
             product, torch.eye(product.shape[-1]).expand_as(product), rtol=0, atol=0.02
         )
     torch.testing.assert_close(attention.k_transform_inverse_t, attention.k_transform_matrix)
-    out = down(torch.randn(4, 192))[0]
+    out = down(torch.randn(4, 192, dtype=dtype))[0]
     assert torch.isfinite(out).all() and out.abs().max() > 0
 
 

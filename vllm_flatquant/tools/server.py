@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,23 +37,16 @@ def serve(
     log: Path,
     timeout: float = 240,
     env: Mapping[str, str] | None = None,
+    vllm: Sequence[str] = (),
 ) -> Iterator[Server]:
     """Serve ``model`` with ``options`` of ``vllm serve``; its output goes to ``log``.
 
-    timeout: seconds to become ready. env: added to this process's environment. Raises RuntimeError if the
-    server ends or is not ready in time; the end of its log is shown if anything fails inside the block.
+    timeout: seconds to become ready. env: added to this process's environment. vllm: a command in place of
+    ``vllm``. Raises RuntimeError if the server ends or is not ready in time; the end of its log is shown if anything fails inside the block.
     """
     port = _free_port()
-    command = [
-        *vllm_command(),
-        "serve",
-        str(model),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        *options,
-    ]
+    at = ["--host", "127.0.0.1", "--port", str(port)]
+    command = [*(vllm or vllm_command()), "serve", str(model), *at, *options]
     print("$", "vllm", *command[command.index("serve") :], f"  (log: {log})", flush=True)
     log.parent.mkdir(parents=True, exist_ok=True)
     start = time.monotonic()

@@ -1,0 +1,306 @@
+"""What does one get for serving FlatQuant instead of bf16, fp8 or 4-bit weights? The whole engine, on made-up weights.
+
+    python benchmarks/serving.py                                # every format of Llama-3-8B's shape
+    python benchmarks/serving.py --formats bf16,fp8,flatquant-w4a4 --models qwen3-32b
+    python benchmarks/serving.py --serve --formats flatquant-w4a4   # `vllm bench throughput` and `bench serve`
+    python benchmarks/serving.py --profile --formats flatquant-w4a4 # kernels of a step, to serving_profile.csv
+    python benchmarks/serving.py --starts                       # again, for the time of a start with warm caches
+    python benchmarks/serving.py --print                        # the README's tables; --plot FILE.png
+
+Same vLLM, same settings for every format, each in a process of its own; bf16 is measured again in every run and
+ratios are only taken within a run. Rows are appended as they are measured; a format whose rows are there for
+this GPU, vLLM, commit and model is skipped. The log of each engine tells which kernel ran, and a format that
+ran as something else is recorded as that. Speed on random weights; accuracy is another benchmark's.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import serving_live
+from serving_formats import FORMATS, MODELS, ran_as, weight_bytes, write_model
+from serving_tables import KEY, plot, print_profile, print_tables, read_rows
+from timing import RESULTS, Table, commit
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = [
+    "run", "date", "gpu", "vllm", "torch", "commit", "model", "format", "kernels", "measure", "value", "unit",
+    "spread", "repeats",
+]  # fmt: skip
+PROFILE_COLUMNS = [
+    "run", "date", "gpu", "vllm", "torch", "commit", "model", "format", "phase", "kernel", "count", "us",
+]  # fmt: skip
+PLAN = {
+    "prefill": [[1, 2048], [8, 1024]],
+    "decode": [1, 8, 32, 128, 256],
+    "decode_prompt": 32,
+    "decode_tokens": 48,
+    "repeats": 5,
+    "profile_decode": [1, 32],
+}
+TINY_PLAN = PLAN | {"prefill": [[1, 128], [2, 64]], "decode": [1, 4], "decode_tokens": 8, "repeats": 2}
+TINY_PLAN |= {"profile_decode": [2]}
+ENGINE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "load_format": "dummy",
+    "max_model_len": 4096,
+    "max_num_seqs": 256,
+    "max_num_batched_tokens": 8192,
+    "gpu_memory_utilization": 0.92,
+    "enable_prefix_caching": False,
+    # The batches that are measured and their neighbours, as the default list would round them.
+    "compilation_config": {
+        "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 120, 128, 136, 248, 256]
+    },
+}
+LOG_FIGURES = {
+    "weights": (r"Model loading took ([\d.]+) GiB", "GiB"),
+    "kv_cache": (r"Available KV cache memory: ([\d.]+) GiB", "GiB"),
+    "load": (r"load: peak \d+ bytes, ([\d.]+) s", "s"),
+    "compile": (r"torch.compile took ([\d.]+) s", "s"),
+    "capture": (r"Graph capturing finished in ([\d.]+) secs", "s"),
+}
+
+
+def graphics_card() -> tuple[str, float]:
+    """Name and memory in bytes of the first GPU, without a CUDA context here; ("cpu", inf) without one."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+    except (FileNotFoundError, IndexError, subprocess.CalledProcessError):
+        return "cpu", float("inf")
+    name, mebibytes = line.rsplit(", ", 1)
+    return name, float(mebibytes) * 2**20
+
+
+class Run:
+    """One call of this script: where its rows go and what they have in common."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.gpu, self.memory = graphics_card()
+        self.cpu = self.gpu == "cpu"
+        now = datetime.datetime.now()
+        self.common = {
+            "run": now.strftime("%m%d-%H%M%S"),
+            "date": now.date().isoformat(),
+            "gpu": self.gpu,
+            "vllm": importlib.metadata.version("vllm"),
+            "torch": importlib.metadata.version("torch"),
+            "commit": commit(),
+        }
+        self.table = Table(args.results, COLUMNS, KEY)
+        self.profiles = Table(args.profile_results, PROFILE_COLUMNS, [*KEY[:-1], "phase", "kernel"])
+        self.work = args.work / self.common["run"]
+
+    def label(self, model: str) -> str:
+        """The model's name in the results."""
+        size = self.args.tensor_parallel_size
+        return model if size == 1 else f"{model} tp{size}"
+
+    def row(self, model: str, name: str, **values: Any) -> dict[str, Any]:
+        """A row of the results."""
+        return self.common | {"model": self.label(model), "format": name} | values
+
+    def fits(self, model: str, name: str) -> bool:
+        """Whether the weights, 8192 tokens' activations and some KV cache fit in the card's memory."""
+        needed = weight_bytes(model, FORMATS[name].bits) / self.args.tensor_parallel_size + 4 * 2**30
+        return needed < ENGINE["gpu_memory_utilization"] * self.memory
+
+    def options(self, name: str) -> dict[str, Any]:
+        """The engine's options for a format."""
+        options = (
+            ENGINE | FORMATS[name].options | {"tensor_parallel_size": self.args.tensor_parallel_size}
+        )
+        if self.cpu:
+            options |= {"enforce_eager": True, "max_model_len": 512}
+        return options
+
+    def environment(self, model: str, name: str) -> dict[str, str]:
+        """What the processes of a format get; caches of its own, so that a cold start is one."""
+        cache = self.args.cache / self.label(model).replace(" ", "-") / name
+        paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+        return {
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "VLLM_CACHE_ROOT": str(cache / "vllm"),
+            "TRITON_CACHE_DIR": str(cache / "triton"),
+            "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_WORKER_MULTIPROC_METHOD": "fork",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            **FORMATS[name].env,
+        }
+
+    def engine(self, model: str, name: str, wanted: list[str]) -> list[dict[str, Any]]:
+        """Measure one format in one engine; the rows it wrote. What fails is printed."""
+        folder = write_model(
+            self.work / name / "model", model, FORMATS[name], self.args.tensor_parallel_size
+        )
+        out, log = self.work / name / "rows.jsonl", self.work / name / "log"
+        job = {
+            "model": str(folder),
+            "options": self.options(name) | {"skip_tokenizer_init": True},
+            "out": str(out),
+            "plan": TINY_PLAN if model == "tiny" else PLAN,
+            "profile": self.args.profile,
+            "wanted": wanted,
+        }
+        environment = self.environment(model, name) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        cold = not Path(environment["TRITON_CACHE_DIR"]).exists()
+        with log.open("w") as file:
+            try:
+                status: Any = subprocess.run(
+                    [sys.executable, str(HERE / "serving_engine.py"), json.dumps(job)],
+                    env=os.environ | environment,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=self.args.limit,
+                    check=False,
+                ).returncode
+            except subprocess.TimeoutExpired:
+                status = f"nothing after {self.args.limit} s"
+        Path(environment["TRITON_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+        text = log.read_text(errors="replace")
+        if status or not any(row.get("measure") == "finished" for row in rows):
+            print(
+                f"  {name}: failed ({status}); the end of {log}:", *text.splitlines()[-12:], sep="\n    "
+            )
+        for row in rows:
+            if row.get("measure") == "start":
+                row["measure"] = "start_cold" if cold else "start_warm"
+        for measure, (pattern, unit) in LOG_FIGURES.items():
+            found = re.findall(pattern, text)
+            if found:
+                rows.append({"measure": measure, "value": float(found[-1]), "unit": unit})
+        peaks = [int(peak) for peak in re.findall(r"load: peak (\d+) bytes", text)]
+        if any(peaks):
+            rows.append({"measure": "load_peak", "value": max(peaks) / 2**30, "unit": "GiB"})
+        return rows
+
+    def format(self, model: str, name: str) -> None:
+        """Measure one format and append its rows."""
+        plan = TINY_PLAN if model == "tiny" else PLAN
+        every = [f"prefill_{batch}x{prompt}" for batch, prompt in plan["prefill"]]
+        every += [f"decode_b{batch}" for batch in plan["decode"]]
+        every = [] if self.args.starts else every
+        print(f"{self.label(model)} {name}", end="", flush=True)
+        if not self.fits(model, name):
+            print(": does not fit")
+            self.add(self.row(model, name, measure="fits", value=0))
+            return
+        begin = time.monotonic()
+        print()
+        if self.args.serve:
+            rows = serving_live.measure(self, model, name)
+        else:
+            rows = self.engine(model, name, every)
+        log = "".join(path.read_text(errors="replace") for path in (self.work / name).glob("*log"))
+        label, kernels = ran_as(name, log)
+        for found in rows:
+            if "error" in found:
+                print(f"  {found['error']}")
+            elif "phase" in found:
+                self.profiles.append(self.row(model, label, **found))
+            elif found["measure"] != "finished" and not self.args.profile:
+                value = round(found.pop("value"), 4)
+                self.add(self.row(model, label, kernels=kernels, value=value, **found))
+                print(f"  {found['measure']:16} {value:10.3f} {found['unit']}")
+        print(
+            f"  {label}: {kernels or 'no quantized kernel'}; {time.monotonic() - begin:.0f} s",
+            flush=True,
+        )
+        if self.args.profile:
+            print_profile([row for row in rows if "phase" in row])
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append a row; a spread is a share."""
+        if "spread" in row:
+            row["spread"] = round(row["spread"], 4)
+        self.table.append(row)
+
+    def todo(self, model: str) -> list[str]:
+        """The formats of this run: bf16 and those that have no rows yet; nothing if only bf16 is left."""
+        if self.args.profile:
+            return self.args.formats
+        measure = "start_warm" if self.args.starts else "throughput" if self.args.serve else "decode_b1"
+
+        def there(name: str) -> bool:
+            wanted = self.row(model, name)
+            return any(
+                all(row[key] == wanted[key] for key in ("gpu", "vllm", "commit", "model"))
+                and row["format"].split(" (")[0] == name
+                and row["measure"] in (measure, "fits")
+                for row in known
+            )
+
+        known = read_rows(self.args.results)
+        left = [name for name in self.args.formats if not there(name)]
+        return ["bf16", *(name for name in left if name != "bf16")] if left else []
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def names(known: dict[str, Any]) -> Any:
+        def parse(text: str) -> list[str]:
+            found = list(known) if text == "all" else text.split(",")
+            if unknown := set(found) - set(known):
+                raise argparse.ArgumentTypeError(
+                    f"unknown: {', '.join(sorted(unknown))}; use {', '.join(known)}"
+                )
+            return found
+
+        return parse
+
+    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS), metavar="A,B")
+    parser.add_argument("--models", type=names(MODELS), default=["llama-3-8b"], metavar="A,B")
+    parser.add_argument(
+        "--tensor-parallel-size", type=int, default=1, help="FlatQuant gets as many shards"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="vllm bench throughput and vllm bench serve"
+    )
+    parser.add_argument("--starts", action="store_true", help="only start each engine, with warm caches")
+    parser.add_argument("--profile", action="store_true", help="kernels of a decode and a prefill step")
+    parser.add_argument("--print", action="store_true", help="print the tables and measure nothing")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table and measure nothing")
+    parser.add_argument("--results", type=Path, default=RESULTS / "serving.csv")
+    parser.add_argument("--profile-results", type=Path, default=RESULTS / "serving_profile.csv")
+    parser.add_argument("--work", type=Path, default=Path("out/serving"), help="logs and model folders")
+    parser.add_argument("--cache", type=Path, default=Path("out/serving-cache"), help="compile caches")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one format")
+    args = parser.parse_args()
+    args.work, args.cache = args.work.resolve(), args.cache.resolve()
+    return args
+
+
+def main() -> None:
+    """Measure what is not there yet, or show what is."""
+    args = arguments()
+    if args.print or args.plot:
+        if args.print:
+            print_tables(args.results)
+        if args.plot:
+            plot(args.results, args.plot)
+        return
+    run = Run(args)
+    for model in args.models:
+        for name in run.todo(model):
+            run.format(model, name)
+
+
+if __name__ == "__main__":
+    main()

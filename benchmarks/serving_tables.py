@@ -1,0 +1,163 @@
+"""The tables and the plot of `serving.py`'s results."""
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+KEY = ["gpu", "vllm", "commit", "model", "format", "measure"]
+UNITS = {
+    "weights": "weights GiB",
+    "load_peak": "peak while loading GiB",
+    "kv_tokens": "KV cache tokens",
+    "start_cold": "cold start s",
+    "start_warm": "warm start s",
+}
+"""Measures that are not times of a step -> the column's title."""
+Row = dict[str, Any]
+Runs = dict[str, dict[str, dict[str, float]]]
+"""format -> measure -> {"value", "ratio"} of its latest run."""
+
+
+def read_rows(results: Path) -> list[Row]:
+    """All rows of a results file; none if there is no file."""
+    if not results.exists():
+        return []
+    with results.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def collect(rows: list[Row]) -> dict[tuple[str, str, str], Runs]:
+    """(model, GPU, vLLM) -> figures. A ratio is bf16's value over the format's, of the same run."""
+    base = {
+        (r["run"], r["model"], r["measure"]): float(r["value"]) for r in rows if r["format"] == "bf16"
+    }
+    found: dict[tuple[str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    for row in rows:  # rows are in the order of time: the last one counts
+        value, reference = float(row["value"]), base.get((row["run"], row["model"], row["measure"]))
+        figure = {"value": value}
+        if reference and value:
+            higher_is_better = row["unit"] in ("tokens", "tokens/s", "requests/s")
+            figure["ratio"] = value / reference if higher_is_better else reference / value
+        found[row["model"], row["gpu"], row["vllm"]][row["format"]][row["measure"]] = figure
+    return found
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _sorted(runs: Runs) -> list[str]:
+    return sorted(runs, key=lambda name: (name != "bf16", name.startswith("flatquant"), name))
+
+
+def _of(runs: Runs, prefixes: tuple[str, ...]) -> list[str]:
+    names = dict.fromkeys(m for figures in runs.values() for m in figures if m.startswith(prefixes))
+    return list(names)
+
+
+def _ratio_table(runs: Runs, measures: list[str]) -> list[str]:
+    """Ratios to bf16, whose line has milliseconds (or its unit); the best peer comes last."""
+    lines = [_line(["", *(m.replace("_", " ") for m in measures)]), "|---" * (len(measures) + 1) + "|"]
+    peers: dict[str, tuple[float, str]] = {}
+    for name in _sorted(runs):
+        cells = []
+        for measure in measures:
+            figure = runs[name].get(measure, {})
+            ratio = figure.get("ratio")
+            if runs[name].get("fits"):
+                cells.append("does not fit")
+            elif not figure:
+                cells.append("")
+            elif name == "bf16" or ratio is None:
+                cells.append(f"{figure['value']:.2f}")
+            else:
+                cells.append(f"{ratio:.2f}")
+                if not name.startswith("flatquant") and "ran as" not in name:
+                    peers[measure] = max(peers.get(measure, (0.0, "")), (ratio, name))
+        lines.append(_line([name if name != "bf16" else "bf16 (its own unit)", *cells]))
+    best = [f"{peers[m][0]:.2f} ({peers[m][1]})" if m in peers else "" for m in measures]
+    return [*lines, _line(["best other than FlatQuant", *best])]
+
+
+def print_tables(results: Path) -> None:
+    """Markdown: for each model and GPU a table of ratios of step times, one of live servers, one of memory."""
+    for (model, gpu, vllm), runs in collect(read_rows(results)).items():
+        print(
+            f"\n{model} on {gpu}, vLLM {vllm}. Ratio to bf16 of the same run, higher is better; bf16 in ms.\n"
+        )
+        print("\n".join(_ratio_table(runs, _of(runs, ("prefill_", "decode_")))))
+        live = _of(runs, ("throughput", "rate"))
+        if live:
+            print("\nLive server: ratio to bf16 of the same run.\n")
+            print("\n".join(_ratio_table(runs, live)))
+        columns = [name for name in UNITS if any(name in figures for figures in runs.values())]
+        if columns:
+            print("\n" + _line(["", *(UNITS[name] for name in columns)]))
+            print("|---" * (len(columns) + 1) + "|")
+            for name in _sorted(runs):
+                values = [runs[name].get(column, {}).get("value") for column in columns]
+                print(
+                    _line(
+                        [
+                            name,
+                            *(
+                                "" if v is None else f"{v:,.0f}" if v >= 1000 else f"{v:.1f}"
+                                for v in values
+                            ),
+                        ]
+                    )
+                )
+
+
+def print_profile(rows: list[Row], most: int = 14) -> None:
+    """The kernels that take longest in each phase, microseconds a step."""
+    phases = defaultdict(list)
+    for row in rows:
+        phases[row["phase"]].append(row)
+    for phase, kernels in phases.items():
+        wall = sum(row["us"] for row in kernels if row["kernel"].startswith("("))
+        kernels = [row for row in kernels if not row["kernel"].startswith("(")]
+        busy = sum(row["us"] for row in kernels)
+        print(f"  {phase}: {wall:.0f} us a step, kernels {busy:.0f} us")
+        for row in sorted(kernels, key=lambda row: -row["us"])[:most]:
+            share = row["us"] / busy
+            print(f"    {row['us']:9.1f} us {share:6.1%} {row['count']:7.1f} x  {row['kernel'][:110]}")
+
+
+def plot(results: Path, out: Path) -> None:
+    """Ratios to bf16 of every format, a panel for each model and GPU."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {key: runs for key, runs in collect(read_rows(results)).items() if len(runs) > 1}
+    if not found:
+        raise SystemExit(f"{results} has no format beside bf16; measure first")
+    figure, panels = plt.subplots(len(found), 1, figsize=(10, 4.6 * len(found)), squeeze=False)
+    for axes, ((model, gpu, vllm), runs) in zip(panels[:, 0], found.items(), strict=True):
+        measures = _of(runs, ("prefill_", "decode_"))
+        names = [n for n in _sorted(runs) if n != "bf16" and any(m in runs[n] for m in measures)]
+        width = 0.8 / max(1, len(names))
+        grays = plt.get_cmap("Greys")
+        colors = plt.get_cmap("viridis")
+        ours = [n for n in names if n.startswith("flatquant")]
+        peers = [n for n in names if n not in ours]
+        for index, name in enumerate(names):
+            color = (
+                colors(0.15 + 0.75 * ours.index(name) / max(1, len(ours)))
+                if name in ours
+                else grays(0.25 + 0.55 * peers.index(name) / max(1, len(peers)))
+            )
+            heights = [runs[name].get(m, {}).get("ratio", 0) for m in measures]
+            places = [i - 0.4 + (index + 0.5) * width for i in range(len(measures))]
+            axes.bar(places, heights, width * 0.92, color=color, label=name)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set_xticks(range(len(measures)), [m.replace("_", " ") for m in measures])
+        axes.set_ylabel("speed relative to bf16")
+        axes.set_title(f"{model}, {gpu}, vLLM {vllm}; random weights", fontsize=10)
+        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
