@@ -11,6 +11,7 @@ are not measured again.
 
 import argparse
 import csv
+import itertools
 import json
 import multiprocessing as mp
 import tempfile
@@ -25,9 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vllm_flatquant.calibration.data import calibration_tokens
-from vllm_flatquant.calibration.endtoend import LATENT, distill
+from vllm_flatquant.calibration.endtoend import LATENT, distill, generated_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
-from vllm_flatquant.calibration.export import CheckpointWriter
 from vllm_flatquant.calibration.quantize import (
     choose_device,
     make_spec,
@@ -35,10 +35,11 @@ from vllm_flatquant.calibration.quantize import (
     quantize_block,
     stream_device,
 )
-from vllm_flatquant.calibration.recipe import Recipe, make_recipe
-from vllm_flatquant.calibration.reference import load_reference
-from vllm_flatquant.calibration.source import ModelSource
+from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.reference import install_block
+from vllm_flatquant.calibration.source import ModelSource, meta_model
 from vllm_flatquant.calibration.streams import record_inputs
+from vllm_flatquant.spec import FlatQuantSpec
 
 RESULTS = Path(__file__).parent / "results" / "ablation.csv"
 FIELDS = [
@@ -63,6 +64,7 @@ FIELDS = [
     "version",
     "commit",
 ]
+GENERATED = "tokens.safetensors"
 
 
 def parse(settings: str) -> dict[str, Any]:
@@ -100,7 +102,19 @@ def run_blocks(job: dict[str, Any]) -> float:
 
 def block_file(job: dict[str, Any], index: int) -> Path:
     """Where the tensors of a block lie between the stages."""
-    return Path(job["folder"]) / f"block-{index}.safetensors"
+    return job["folder"] / f"block-{index}.safetensors"
+
+
+def run_generation(job: dict[str, Any]) -> float:
+    """Saves the rows that the model writes; seconds."""
+    device, begin = start(job), time.monotonic()
+    source = ModelSource(job["model"])
+    recipe = make_recipe(**job["blocks"], seed=job["seed"])
+    tokens = calibration_tokens(job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    count = job["last"]["distill_generated"]
+    more = generated_tokens(source, tokens, count, recipe.seed, device)
+    save_file({"tokens": more}, job["folder"] / GENERATED)
+    return time.monotonic() - begin
 
 
 def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
@@ -108,6 +122,7 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
     device, begin = start(job), time.monotonic()
     recipe = make_recipe(**job["blocks"] | job["last"], seed=job["seed"])
     source = ModelSource(job["model"])
+    spec = make_spec(source, recipe)
     blocks = [load_file(block_file(job, i)) for i in range(source.num_blocks)]
     others = {n: source.files.tensor(n) for n in source.other_names()}
     kl: tuple[float, float] | tuple[str, str] = ("", "")
@@ -115,48 +130,54 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
         tokens = calibration_tokens(
             job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed
         )
-        spec = make_spec(source, recipe)
+        if recipe.distill_generated:
+            tokens = torch.cat([tokens, load_file(job["needs"][1] / GENERATED)["tokens"]])
         blocks, changed, report = distill(source, blocks, tokens, recipe, spec, device)
         others, kl = others | changed, (report.kl_first_epoch, report.kl_last_epoch)
     seconds = time.monotonic() - begin
     torch.set_float32_matmul_precision("highest")
-    with tempfile.TemporaryDirectory() as folder:
-        network = load_reference(write(source, recipe, blocks, others, Path(folder) / "out"), device)
-        rows = []
-        for text, file in job["texts"]:
-            cut = windows(read_tokens(job["model"], file), job["seq_len"], job["limit"])
-            rows.append(
-                {
-                    **job["row"],
-                    "text": text,
-                    "perplexity": f"{perplexity(network, cut):.4f}",
-                    "windows": len(cut),
-                    "kl_first": kl[0],
-                    "kl_last": kl[1],
-                    "blocks_seconds": f"{job['blocks_seconds']:.0f}",
-                    "last_seconds": f"{seconds:.0f}",
-                    "peak_memory_gb": f"{peak_memory(device):.2f}",
-                    **machine(device),
-                }
-            )
+    network = assemble(source, spec, blocks, others, device)
+    rows = []
+    for text, file in job["texts"]:
+        cut = windows(read_tokens(job["model"], file), job["blocks"]["seq_len"], job["limit"])
+        rows.append(
+            {
+                **job["row"],
+                "text": text,
+                "perplexity": f"{perplexity(network, cut):.4f}",
+                "windows": len(cut),
+                "kl_first": kl[0],
+                "kl_last": kl[1],
+                "blocks_seconds": (job["folder"] / "seconds").read_text(),
+                "last_seconds": f"{seconds:.0f}",
+                "peak_memory_gb": f"{peak_memory(device):.2f}",
+                **machine(device),
+            }
+        )
     return rows
 
 
-def write(
+def assemble(
     source: ModelSource,
-    recipe: Recipe,
+    spec: FlatQuantSpec,
     blocks: list[dict[str, Tensor]],
     others: dict[str, Tensor],
-    out: Path,
-) -> Path:
-    """The checkpoint of these tensors: what is measured is what would be served."""
-    with CheckpointWriter(out, overwrite=False) as writer:
-        for i, tensors in enumerate(blocks):
-            prefix = source.block_prefix(i)
-            writer.add({prefix + n: t for n, t in tensors.items() if not n.endswith(LATENT)})
-        writer.add(others)
-        writer.write_side_files(source.path, source.raw_config, make_spec(source, recipe))
-        return writer.finish()
+    device: torch.device,
+) -> Any:
+    """The model that a checkpoint of these tensors holds, on the references in float32."""
+    network: Any = meta_model(source.config)
+    network.to(torch.float32)
+    for i, (layer, tensors) in enumerate(
+        zip(network.get_submodule(source.arch.blocks), blocks, strict=True)
+    ):
+        own = {n: t.to(device) for n, t in tensors.items() if not n.endswith(LATENT)}
+        plain = {n: t for n, t in source.block_tensors(i).items() if n in own}
+        layer.load_state_dict(plain, assign=True, strict=False)
+        install_block(layer, own, spec, source.arch)
+    network.load_state_dict(others, assign=True, strict=False)
+    if source.config.tie_word_embeddings:
+        network.tie_weights()
+    return network.to(device, torch.float32).eval()
 
 
 def main() -> None:
@@ -183,85 +204,65 @@ def main() -> None:
     counts = {
         t: str(len(windows(read_tokens(args.model, f), args.seq_len, args.limit))) for t, f in texts
     }
-    name, calib = Path(args.model).name, Path(args.calib).name
-    same = ("model", "text", "variant", "seed", "windows", "calib", "samples", "epochs")
+    sizes = {"samples": args.samples, "seq_len": args.seq_len, "epochs": args.epochs}
+    about = {"model": Path(args.model).name, "calib": Path(args.calib).name, **sizes}
+    same = ("text", "windows", "variant", "seed", *about)
     done = set()
     if args.out.exists():
         with args.out.open() as f:
             done = {tuple(row[k] for k in same) for row in csv.DictReader(f)}
-
     common = {
         "model": args.model,
         "calib": args.calib,
-        "seq_len": args.seq_len,
         "limit": args.limit,
         "device": args.device,
         "precision": args.precision,
         "threads": max(1, mp.cpu_count() // args.jobs),
     }
-    about = {
-        "model": name,
-        "seq_len": args.seq_len,
-        "calib": calib,
-        "samples": args.samples,
-        "epochs": args.epochs,
-        "commit": commit(),
-    }
-    sizes = {"samples": args.samples, "seq_len": args.seq_len, "epochs": args.epochs}
+    code = commit()
     first: dict[str, dict[str, Any]] = {}
     last: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
-        for seed in args.seeds:
-            for variant in args.variant:
-                left = [
-                    (t, f)
-                    for t, f in texts
-                    if (
-                        name,
-                        t,
-                        variant,
-                        str(seed),
-                        counts[t],
-                        calib,
-                        str(args.samples),
-                        str(args.epochs),
-                    )
-                    not in done
-                ]
-                if not left:
-                    continue
-                blocks, _, end = variant.partition(";")
-                key = f"{name}-{blocks}-{seed}-{'-'.join(map(str, sizes.values()))}".replace("/", "_")
-                folder = (args.keep or Path(temporary)) / key
-                settings = {**common, "blocks": {**sizes, **parse(blocks)}, "seed": seed}
-                settings |= {"folder": str(folder)}
-                first.setdefault(str(folder), settings)
-                row = {**about, "variant": variant, "seed": seed}
-                last.append({**settings, "last": parse(end), "texts": left, "row": row})
-        # Everything that can be wrong with a setting is found before hours of work.
-        for job in last:
-            make_recipe(**job["blocks"] | job["last"], seed=job["seed"])
-        context = mp.get_context("spawn")
-        with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
-            measure(pool, first, last, args.out)
+        for seed, variant in itertools.product(args.seeds, args.variant):
+            row = {**about, "variant": variant, "seed": seed, "commit": code}
+            left = [
+                (t, f)
+                for t, f in texts
+                if tuple(str({**row, "text": t, "windows": counts[t]}[k]) for k in same) not in done
+            ]
+            if not left:
+                continue
+            blocks, _, end = variant.partition(";")
+            job = {**common, "blocks": {**sizes, **parse(blocks)}, "last": parse(end), "seed": seed}
+            make_recipe(**job["blocks"] | job["last"], seed=seed)  # before hours of work
+            key = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
+            folder = args.keep or Path(temporary)
+            job["folder"] = folder / f"{key}-{blocks}"
+            first.setdefault(str(job["folder"]), {**job, "stage": run_blocks})
+            job["needs"] = [job["folder"]]
+            if wanted := job["last"].get("distill_generated", 0):
+                text = folder / f"{key}-generated-{wanted}"
+                first.setdefault(str(text), {**job, "stage": run_generation, "folder": text})
+                job["needs"].append(text)
+            last.append({**job, "texts": left, "row": row})
+        with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
+            measure(pool, list(first.values()), last, args.out)
 
 
-def measure(pool: ProcessPoolExecutor, first: dict[str, dict], last: list[dict], out: Path) -> None:
-    """Run both stages; a last stage starts as soon as its blocks are there. Rows are appended to ``out``."""
-    pending: dict[Future, dict | None] = {}  # a stage block by block, or None for a last stage
+def measure(pool: ProcessPoolExecutor, first: list[dict], last: list[dict], out: Path) -> None:
+    """Run both stages; a last stage starts as soon as what it needs is there. Appends rows to ``out``."""
+    pending: dict[Future, dict] = {}
+    for job in first:
+        if not finished(job["folder"]):
+            job["folder"].mkdir(parents=True, exist_ok=True)
+            pending[pool.submit(job["stage"], job)] = job
 
-    def follow(folder: str) -> None:
-        seconds = float((Path(folder) / "seconds").read_text())
-        for job in last:
-            if job["folder"] == folder:
-                pending[pool.submit(run_last, {**job, "blocks_seconds": seconds})] = None
+    def submit_ready() -> None:
+        for job in [j for j in last if all(map(finished, j["needs"]))]:
+            last.remove(job)
+            pending[pool.submit(run_last, job)] = job
 
-    for folder, job in first.items():
-        if (Path(folder) / "seconds").exists():
-            follow(folder)
-        else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            pending[pool.submit(run_blocks, job)] = job
+    submit_ready()
     out.parent.mkdir(exist_ok=True)
     fresh = not out.exists()
     with out.open("a", newline="") as f:
@@ -270,18 +271,21 @@ def measure(pool: ProcessPoolExecutor, first: dict[str, dict], last: list[dict],
             writer.writeheader()
         while pending:
             for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                job = pending.pop(future)
-                if job is not None:
-                    seconds = future.result()
-                    (Path(job["folder"]) / "seconds").write_text(str(seconds))
-                    print(f"blocks {Path(job['folder']).name} {seconds:.0f} s", flush=True)
-                    follow(job["folder"])
-                    continue
-                rows = future.result()
-                writer.writerows(rows)
-                f.flush()
-                for row in rows:
-                    print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
+                job, result = pending.pop(future), future.result()
+                if "row" in job:
+                    writer.writerows(result)
+                    f.flush()
+                    for row in result:
+                        print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
+                else:
+                    (job["folder"] / "seconds").write_text(f"{result:.0f}")
+                    print(job["folder"].name, f"{result:.0f} s", flush=True)
+                    submit_ready()
+
+
+def finished(folder: Path) -> bool:
+    """Whether the stage that fills ``folder`` has run."""
+    return (folder / "seconds").exists()
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ moves: on-line factors, clips, norms, weight scales, KV matrices and, through st
 integer codes. All blocks are in memory at once, so this is for models that fit.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from ..spec import FlatQuantSpec
 from .recipe import Recipe
 from .reference import install_block, load_reference
 from .source import ModelSource
+from .steps import Steps, cosine
 from .streams import batches, record_inputs, run_block
 from .student import StudentBlock, Tunable
 
@@ -111,6 +111,14 @@ def generated_tokens(
     return torch.cat(parts).cpu()
 
 
+def distill_tokens(source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+    """The text of this stage: calibration rows [N, T] and the recipe's generated ones, int64 [N + more, T]."""
+    if not recipe.distill_generated:
+        return tokens
+    more = generated_tokens(source, tokens, recipe.distill_generated, recipe.seed, device)
+    return torch.cat([tokens, more])
+
+
 def make_students(
     source: ModelSource, blocks: list[dict[str, Tensor]], spec: FlatQuantSpec, device: torch.device
 ) -> list[StudentBlock]:
@@ -158,56 +166,35 @@ def distill(
     """Train a finished checkpoint end to end.
 
     blocks: each block's checkpoint tensors by relative name, and its linears' weights before rounding under
-    ``NAME.latent``. tokens: int64 [N, T].
+    ``NAME.latent``. tokens: int64 [N, T], all text of the stage (``distill_tokens``).
     Returns the blocks' new tensors (same names, without the latents), changed tensors outside the blocks by
     full name, and the report. AdamW, linear warm-up then cosine to zero, rows in a new order each epoch; a
     step with a non-finite loss or gradient is skipped and counted.
     """
-    if recipe.distill_generated:
-        more = generated_tokens(source, tokens, recipe.distill_generated, recipe.seed, device)
-        tokens = torch.cat([tokens, more])
     first, last, kwargs = teacher_stream(source, tokens, recipe, device)
     students = nn.ModuleList(make_students(source, blocks, spec, device))
     head = Head(source, device)
     groups = parameter_groups(students, head, recipe)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    parameters = [p for group in groups for p in group["params"]]
     per_epoch = -(-len(tokens) // recipe.batch_size)
     steps = recipe.distill_epochs * per_epoch
-    warm = max(1, round(WARMUP * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(
-            (i + 1) / warm, 0.5 * (1 + math.cos(math.pi * max(0, i - warm) / max(1, steps - warm)))
-        ),
-    )
+
+    def loss(x: Tensor, hidden: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = head(hidden, head.gain.base)
+        return kl_divergence(head(run_students(students, x, kwargs), head.gain()), target)
+
+    trainer = Steps(loss, groups, cosine(steps, WARMUP), device)
     shuffle = torch.Generator().manual_seed(recipe.seed)
-    before = after = torch.zeros((), device=device)
-    skipped = torch.zeros((), device=device)
+    losses: list[Tensor] = []
     for epoch in range(recipe.distill_epochs):
         total = torch.zeros((), device=device)
-        for i, rows in enumerate(
-            torch.randperm(len(tokens), generator=shuffle).split(recipe.batch_size)
-        ):
-            rows = rows.to(device)
-            with torch.no_grad():
-                target = head(last[rows], head.gain.base)
-            optimizer.zero_grad(set_to_none=True)
-            loss = kl_divergence(head(run_students(students, first[rows], kwargs), head.gain()), target)
-            loss.backward()
-            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-            finite = torch.isfinite(norm) & torch.isfinite(loss)
-            if finite:
-                optimizer.step()
-            skipped += ~finite
-            schedule.step()
-            total += torch.where(finite, loss.detach(), torch.zeros_like(total)) * len(rows)
+        order = torch.randperm(len(tokens), generator=shuffle).to(device)
+        for i, rows in enumerate(order.split(recipe.batch_size)):
+            total += trainer.step(first[rows], last[rows]) * len(rows)
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
-        after = total / len(tokens)
-        if epoch == 0:
-            before = after
-    report = DistillReport(float(before), float(after), int(skipped))
+        losses.append(total / len(tokens))
+    report = DistillReport(float(losses[0]), float(losses[-1]), int(trainer.skipped))
     exported = [s.export() for s in students]  # type: ignore[operator]
     return exported, {head.name: head.gain().detach().to(head.dtype)}, report
 

@@ -19,7 +19,7 @@ from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites
 from .block import TrainableBlock, check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
-from .endtoend import LATENT, DistillReport, distill, finished_hidden
+from .endtoend import LATENT, DistillReport, distill, distill_tokens, finished_hidden
 from .errors import UserError
 from .export import CheckpointWriter, check_out
 from .factors import factor_pair
@@ -161,8 +161,9 @@ def quantize(
             others = {n: source.files.tensor(n) for n in source.other_names()}
             log: list[BlockReport | DistillReport] = list(reports)
             if recipe.distill_epochs:
+                text = distill_tokens(source, tokens, recipe, where)
                 finished, changed, last = distill(
-                    source, finished, tokens, recipe, spec, where, on_progress
+                    source, finished, text, recipe, spec, where, on_progress
                 )
                 others |= changed
                 log.append(last)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from .architectures import Architecture
 from .block import Stats, TrainableBlock
 from .recipe import Recipe
-from .streams import run_block
+from .steps import Steps, cosine
+from .streams import batches, run_block
 
 
 @dataclass
@@ -68,30 +69,23 @@ def train_block(
     """
     if not any(True for _ in block.parameters()):
         return TrainReport([], 0)  # a recipe that learns nothing
-    optimizer = torch.optim.AdamW(block.parameter_groups(recipe.lr, recipe.clip_lr_factor))
     steps = max(1, recipe.epochs * -(-len(x) // recipe.batch_size))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=recipe.lr * 1e-3)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def loss(batch: Tensor, goal: Tensor) -> Tensor:
+        block.forget()
+        return F.mse_loss(layer(batch, **kwargs), goal)
+
+    groups = block.parameter_groups(recipe.lr, recipe.clip_lr_factor)
+    trainer = Steps(loss, groups, cosine(steps, floor=1e-3), device, weight_decay=1e-2, normalize=True)
     losses: list[Tensor] = []
-    skipped = torch.zeros((), device=device)
     for _ in range(recipe.epochs):
         total = torch.zeros((), device=device)
-        for start in range(0, len(x), recipe.batch_size):
-            batch = x[start : start + recipe.batch_size].to(device, non_blocking=True)
-            goal = target[start : start + recipe.batch_size].to(device, non_blocking=True)
-            block.forget()
-            loss = F.mse_loss(layer(batch, **kwargs), goal)
-            optimizer.zero_grad(set_to_none=True)
-            (loss / loss.detach().clamp(min=1e-30)).backward()
-            norm = torch.stack(
-                torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
-            ).sum()
-            finite = torch.isfinite(norm) & torch.isfinite(loss)
-            if finite:
-                optimizer.step()
-            skipped += ~finite
-            schedule.step()
-            total += torch.where(finite, loss.detach(), torch.zeros_like(total)) * len(batch)
+        for batch, goal in zip(
+            batches(x, recipe.batch_size, device),
+            batches(target, recipe.batch_size, device),
+            strict=True,
+        ):
+            total += trainer.step(batch, goal) * len(batch)
         losses.append(total / len(x))
     block.forget()
-    return TrainReport([float(loss) for loss in losses], int(skipped))
+    return TrainReport([float(total) for total in losses], int(trainer.skipped))

@@ -1,0 +1,117 @@
+"""Optimizer steps of one loss: AdamW and, on a GPU, one CUDA graph for everything that a step does.
+
+Training transforms is many small operations, so a GPU waits for Python unless the whole step (loss, gradients,
+AdamW) is captured once and replayed.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+EAGER_STEPS = 3
+"""Steps before the capture: they make the optimizer's state and the libraries' workspaces."""
+
+
+def cosine(steps: int, warmup: float = 0.0, floor: float = 0.0) -> Callable[[int], float]:
+    """Factor of the learning rate at each step: linear over the first ``warmup`` (a part of 1) of them, then a
+    cosine from 1 to ``floor``."""
+    warm = round(warmup * steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        done = (step - warm) / max(1, steps - warm)
+        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+    return factor
+
+
+class Steps:
+    """AdamW on ``loss(*inputs)``, a scalar.
+
+    groups: the optimizer's, with their rates. factor: multiplies the rates at each step. normalize: divide each
+    loss by its own value (FlatQuant's setting, so that all blocks have gradients of one size). graph: capture on
+    CUDA; if that fails a warning says so and the steps stay eager.
+
+    A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``; nothing waits for the
+    device.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[..., Tensor],
+        groups: list[dict[str, Any]],
+        factor: Callable[[int], float],
+        device: torch.device,
+        weight_decay: float = 0.0,
+        normalize: bool = False,
+        graph: bool = True,
+    ):
+        self.loss, self.factor, self.normalize = loss, factor, normalize
+        self.rates = [group["lr"] for group in groups]
+        groups = [{**g, "lr": torch.tensor(g["lr"], device=device)} for g in groups]
+        cuda = device.type == "cuda"
+        self.optimizer: Any = torch.optim.AdamW(
+            groups, weight_decay=weight_decay, fused=True, capturable=cuda
+        )
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.skipped = torch.zeros((), device=device)
+        self.count = 0
+        self.wanted = graph and cuda
+        self.side = torch.cuda.Stream(device) if self.wanted else None
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.inputs: tuple[Tensor, ...] = ()
+        self.result = torch.zeros((), device=device)
+
+    def step(self, *inputs: Tensor) -> Tensor:
+        """One step on ``inputs``; the loss before it, 0 if the step was skipped, a new scalar tensor."""
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"].fill_(rate * self.factor(self.count))
+        self.count += 1
+        if self.wanted and self.graph is None and self.count > EAGER_STEPS:
+            self._capture(inputs)
+        if self.graph is not None and all(
+            a.shape == b.shape for a, b in zip(inputs, self.inputs, strict=True)
+        ):
+            for kept, new in zip(self.inputs, inputs, strict=True):
+                kept.copy_(new)
+            self.graph.replay()
+            return self.result.clone()
+        if self.side is None:
+            return self._eager(inputs)
+        self.side.wait_stream(torch.cuda.current_stream())  # what is captured later must have run there
+        with torch.cuda.stream(self.side):
+            result = self._eager(inputs)
+        torch.cuda.current_stream().wait_stream(self.side)
+        return result
+
+    def _eager(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(*inputs)
+        (loss / loss.detach().clamp(min=1e-30) if self.normalize else loss).backward()
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        self.optimizer.found_inf = (
+            bad.float()
+        )  # the fused kernel leaves everything as it is if this is 1
+        self.optimizer.step()
+        self.skipped += bad
+        return torch.where(bad, 0.0, loss.detach())
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        graph = torch.cuda.CUDAGraph()
+        self.inputs = tuple(t.clone() for t in inputs)
+        try:
+            with torch.cuda.graph(graph, stream=self.side):
+                self.result = self._eager(self.inputs)
+        except RuntimeError as error:
+            self.wanted = False
+            torch.cuda.synchronize()
+            log.warning("training steps are not captured in a CUDA graph and run slower: %s", error)
+            return
+        self.graph = graph
