@@ -77,9 +77,8 @@ def parse(settings: str) -> dict[str, Any]:
 
 
 def start(job: dict[str, Any]) -> torch.device:
-    """Threads and products of this process; its device."""
+    """Sets this process's threads; its device."""
     torch.set_num_threads(job["threads"])
-    torch.set_float32_matmul_precision(job["precision"])
     return choose_device(job["device"])
 
 
@@ -93,7 +92,7 @@ def run_blocks(job: dict[str, Any]) -> float:
     tokens = calibration_tokens(job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed)
     x, kwargs = record_inputs(source, tokens, device)
     x = x.to(stream_device(x, device))
-    x_q = x.clone() if recipe.rounding != "rtn" else x[:1].clone()
+    x_q = x.clone() if recipe.follows_quantized else x[:1].clone()
     for i in range(source.num_blocks):
         x, x_q, tensors, _ = quantize_block(source, i, recipe, spec, x, x_q, kwargs[i], device)
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, block_file(job, i))
@@ -135,7 +134,6 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
         blocks, changed, report = distill(source, blocks, tokens, recipe, spec, device)
         others, kl = others | changed, (report.kl_first_epoch, report.kl_last_epoch)
     seconds = time.monotonic() - begin
-    torch.set_float32_matmul_precision("highest")
     network = assemble(source, spec, blocks, others, device)
     rows = []
     for text, file in job["texts"]:
@@ -195,7 +193,6 @@ def main() -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--precision", choices=["highest", "high"], default="highest")
     parser.add_argument("--keep", type=Path, help="folder where the stage block by block stays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -216,7 +213,6 @@ def main() -> None:
         "calib": args.calib,
         "limit": args.limit,
         "device": args.device,
-        "precision": args.precision,
         "threads": max(1, mp.cpu_count() // args.jobs),
     }
     code = commit()

@@ -183,7 +183,7 @@ def distill(
             target = head(hidden, head.gain.base)
         return kl_divergence(head(run_students(students, x, kwargs), head.gain()), target)
 
-    trainer = Steps(loss, groups, cosine(steps, WARMUP), device)
+    trainer = Steps(loss, groups, cosine(steps, WARMUP), device, precision=recipe.precision)
     shuffle = torch.Generator().manual_seed(recipe.seed)
     losses: list[Tensor] = []
     for epoch in range(recipe.distill_epochs):

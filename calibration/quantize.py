@@ -143,7 +143,7 @@ def quantize(
         with CheckpointWriter(out, overwrite) as writer:
             x, kwargs = record_inputs(source, tokens, where)
             x = x.to(stream_device(x, where))
-            x_q = x.clone() if recipe.rounding == "gptq" else x[:1].clone()
+            x_q = x.clone() if recipe.follows_quantized else x[:1].clone()
             for i in range(source.num_blocks):
                 start = time.monotonic()
                 x, x_q, tensors, report = quantize_block(
@@ -228,7 +228,8 @@ def quantize_block(
     few = slice(0, min(ERROR_ROWS, len(x)))
     before = block_error(layer, x[few], target[few], kwargs, size, device)
     block.forget()
-    trained = train_block(block, layer, x, target, kwargs, recipe, device)
+    inputs = x_q if recipe.chain == "quantized" else x
+    trained = train_block(block, layer, inputs, target, kwargs, recipe, device)
     folded = fold_block(block, stored)
     finished = source.load_block(index, device)
     tensors, damping = round_block(finished, folded, recipe, spec, source, x_q, kwargs, device)

@@ -32,6 +32,8 @@ class Recipe(BaseModel):
     differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. diag: sites with a
     merged diagonal (that of o goes into v_proj); its start has exponent diag_alpha. Clips are learned or one
     number.
+    chain: a block learns its full-precision output from full-precision inputs, or from those of the quantized
+    blocks before it. precision: of products while training, in PyTorch's words; high is TF32.
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
     distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
     """
@@ -60,6 +62,8 @@ class Recipe(BaseModel):
     weight_clip: bool = True
     activation_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"
     kv_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"
+    chain: Literal["full", "quantized"] = "full"
+    precision: Literal["highest", "high"] = "highest"
     distill_epochs: int = Field(default=0, ge=0)
     distill_lr: float = Field(default=1e-3, gt=0)
     distill_weight_lr: float = Field(default=1e-2, ge=0)
@@ -127,6 +131,11 @@ class Recipe(BaseModel):
         if self.kv < 16:
             parts.append("on q and k")
         return ", ".join(parts) or "nothing"
+
+    @property
+    def follows_quantized(self) -> bool:
+        """Whether a block needs what the quantized blocks before it give for every calibration row."""
+        return self.rounding != "rtn" or self.chain == "quantized"
 
     def to_yaml(self, calib: str | None = None) -> str:
         """The recipe as recipe.yaml holds it, with the name of the calibration text if given."""

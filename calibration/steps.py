@@ -35,8 +35,9 @@ class Steps:
     """AdamW on ``loss(*inputs)``, a scalar.
 
     groups: the optimizer's, with their rates. factor: multiplies the rates at each step. normalize: divide each
-    loss by its own value (FlatQuant's setting, so that all blocks have gradients of one size). graph: capture on
-    CUDA; if that fails a warning says so and the steps stay eager.
+    loss by its own value (FlatQuant's setting, so that all blocks have gradients of one size). precision: of
+    float32 products, as ``torch.set_float32_matmul_precision`` calls it. graph: capture on CUDA; if that fails a
+    warning says so and the steps stay eager.
 
     A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``; nothing waits for the
     device.
@@ -50,8 +51,10 @@ class Steps:
         device: torch.device,
         weight_decay: float = 0.0,
         normalize: bool = False,
+        precision: str = "highest",
         graph: bool = True,
     ):
+        self.precision = precision
         self.loss, self.factor, self.normalize = loss, factor, normalize
         self.rates = [group["lr"] for group in groups]
         groups = [{**g, "lr": torch.tensor(g["lr"], device=device)} for g in groups]
@@ -92,8 +95,13 @@ class Steps:
 
     def _eager(self, inputs: tuple[Tensor, ...]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(*inputs)
-        (loss / loss.detach().clamp(min=1e-30) if self.normalize else loss).backward()
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(self.precision)
+        try:
+            loss = self.loss(*inputs)
+            (loss / loss.detach().clamp(min=1e-30) if self.normalize else loss).backward()
+        finally:
+            torch.set_float32_matmul_precision(before)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
         self.optimizer.found_inf = (

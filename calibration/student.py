@@ -93,7 +93,8 @@ class StudentLinear(nn.Module):
     """A rounded linear layer: ``weight = clamp(round(steps)) * scale``.
 
     steps: the latent weight in quantization steps [out, groups, group_size]. It starts where the weight
-    lay before rounding, moved next to the code where the rounding was not to the nearest (GPTQ).
+    lay before rounding, or at the code where the rounding was not to the nearest (GPTQ): at the edge, every such
+    weight would flip in the first steps.
     """
 
     def __init__(
@@ -112,7 +113,8 @@ class StudentLinear(nn.Module):
         steps = grouped(codes.float(), width)
         if latent is not None:
             exact = grouped(latent, width) / scale.base.to(latent.dtype).unsqueeze(-1)
-            steps = steps + (exact - steps).clamp(-EDGE, EDGE).float()
+            offset = (exact - steps).float()
+            steps = steps + torch.where(offset.abs() > 0.5, 0.0, offset.clamp(-EDGE, EDGE))
         self.steps = nn.Parameter(steps)
 
     def codes(self) -> Tensor:

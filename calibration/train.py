@@ -76,7 +76,15 @@ def train_block(
         return F.mse_loss(layer(batch, **kwargs), goal)
 
     groups = block.parameter_groups(recipe.lr, recipe.clip_lr_factor)
-    trainer = Steps(loss, groups, cosine(steps, floor=1e-3), device, weight_decay=1e-2, normalize=True)
+    trainer = Steps(
+        loss,
+        groups,
+        cosine(steps, floor=1e-3),
+        device,
+        weight_decay=1e-2,
+        normalize=True,
+        precision=recipe.precision,
+    )
     losses: list[Tensor] = []
     for _ in range(recipe.epochs):
         total = torch.zeros((), device=device)
