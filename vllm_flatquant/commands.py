@@ -1,6 +1,7 @@
 """The commands that look at models and checkpoints; ``cli.py`` has the one that makes them."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -87,15 +88,41 @@ def inspect(
     backend: Annotated[
         str, typer.Option(help="with --verify: reference, vllm, or all that is installed")
     ] = "all",
+    as_json: JsonOption = False,
 ) -> None:
-    """What a checkpoint holds, whether it is complete, and (with --verify) whether it still computes the
-    same."""
-    from .tools.inspection import inspect_folder, verify_folder
+    """What a checkpoint holds, whether it is complete, what this machine would run it with, and (with
+    --verify) whether it still computes the same."""
+    from .tools.inspection import describe_folder, inspect_lines, verify_folder
 
-    print(inspect_folder(folder))
+    found = describe_folder(folder)
+    print("\n".join(inspect_lines(found)))
     if verify:
         for line in verify_folder(folder, backend):
             print(line)
+    if as_json:
+        print(json.dumps(found))
+
+
+def diff(
+    first: Annotated[str, typer.Argument(help="checkpoint folder")],
+    second: Annotated[str, typer.Argument(help="checkpoint folder")],
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two checkpoints: configuration, recipe, tensors and recorded results. Like diff, status 0 if
+    they are the same, 1 if they differ and 2 on trouble."""
+    from .calibration.errors import UserError
+    from .tools.diff import diff_folders, diff_lines
+
+    try:
+        found = diff_folders(first, second)
+    except UserError as error:
+        print(f"flatquant: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print("\n".join(diff_lines(found)))
+    if as_json:
+        print(json.dumps(found))
+    if not found["same"]:
+        raise SystemExit(1)
 
 
 def recipes(
@@ -112,6 +139,7 @@ def recipes(
 COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "inspect": inspect,
+    "diff": diff,
     "recipes": recipes,
 }
 """Name on the command line -> function; typer reads its signature."""

@@ -1,8 +1,11 @@
 """``flatquant inspect``: what a checkpoint holds, and whether it still computes what it computed when made."""
 
+import json
 from collections.abc import Iterator
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +22,9 @@ from ..calibration.source import (
     load_config,
     resolve_folder,
 )
-from ..choice import choose_backend
+from ..choice import choose_backend, kernel_name, suitable_scheme
+from ..files import first_line
+from ..spec import FlatQuantSpec
 from .served import prompt_logprobs
 
 TOLERANCE = 0.05
@@ -30,8 +35,9 @@ MARGIN = 1.0
 """Where the recorded best logit leads by more than this, the replayed best token must be the same."""
 
 
-def inspect_folder(folder: str) -> str:
-    """A summary of the checkpoint, after checking that every tensor is there. Raises UserError."""
+def describe_folder(folder: str) -> dict[str, Any]:
+    """What a checkpoint holds and what this machine would do with it, after checking that every tensor is
+    there. Sizes are in bytes. Raises UserError."""
     path = resolve_folder(folder)
     spec = read_spec(path)
     if spec is None:
@@ -39,12 +45,78 @@ def inspect_folder(folder: str) -> str:
     config = load_config(path)
     files = WeightFiles(path)
     check_weights(path, config, files, spec)
-    size = sum(f.stat().st_size for f in path.glob("*.safetensors"))
     capability = None
     if torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    choice = choose_backend(capability)
+    backend, scheme = choose_backend(capability), suitable_scheme(capability)
+    sizes = tensor_sizes(files)
+    quantized = {k: v for k, v in sizes.items() if k != "other"}
+    return {
+        "folder": str(path),
+        "model_type": config.model_type,
+        "blocks": config.num_hidden_layers,
+        "tensors": len(files.names),
+        "bytes": sizes,
+        "bits_per_weight": spec.weights.bits * sum(quantized.values()) / max(1, sizes["weights"]),
+        "scheme": spec.scheme,
+        "spec": spec.model_dump(),
+        "errors": [
+            {k: report.get(k) for k in ("block", "error_before", "error_after")}
+            for report in calibration_log(path)
+        ],
+        "here": {
+            "capability": capability,
+            "backend": backend.name,
+            "reason": backend.reason,
+            "kernel": kernel_name(spec.weights.bits, spec.activations.bits, capability),
+            "suitable_scheme": scheme.name,
+            "suitable_reason": scheme.reason,
+        },
+    }
+
+
+def tensor_sizes(files: WeightFiles) -> dict[str, int]:
+    """Bytes of each kind of tensor, from the headers alone."""
+    sizes = dict.fromkeys(("weights", "scales", "transforms", "other"), 0)
+    for name, tensor in files.stored.items():
+        kind = "other"
+        if name.endswith("weight_packed"):
+            kind = "weights"
+        elif name.endswith("weight_scale"):
+            kind = "scales"
+        elif "_transform." in name:
+            kind = "transforms"
+        sizes[kind] += prod(tensor.shape) * int(tensor.dtype.lstrip("BFUI")) // 8
+    return sizes
+
+
+def calibration_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a checkpoint's calibration_log.jsonl, one for each block; [] if there is none.
+
+    Raises UserError if the file is damaged.
+    """
+    file = folder_file(path, "calibration_log.jsonl")
+    if not file.is_file():
+        return []
+    try:
+        lines = [
+            json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+        reports = [line for line in lines if line.get("block") is not None]
+    except (ValueError, AttributeError, OSError) as error:
+        raise UserError(f"{file} is damaged ({first_line(error)}); copy it again") from None
+    return reports
+
+
+def inspect_folder(folder: str) -> str:
+    """``describe_folder`` for people. Raises UserError."""
+    return "\n".join(inspect_lines(describe_folder(folder)))
+
+
+def inspect_lines(found: dict[str, Any]) -> list[str]:
+    """``describe_folder``'s result for people."""
+    spec, sizes, here = FlatQuantSpec.model_validate(found["spec"]), found["bytes"], found["here"]
     group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
     sites = []
     for name in ("qkv", "o", "gate_up", "down", "k"):
@@ -53,24 +125,42 @@ def inspect_folder(folder: str) -> str:
             sites.append(
                 f"{name} {value}" if isinstance(value, int) else f"{name} {value.left}x{value.right}"
             )
-    return "\n".join(
-        [
-            (
-                f"{path}: {config.model_type}, {config.num_hidden_layers} blocks, {len(files.names)} tensors, "
-                f"{size / 1e6:.1f} MB"
-            ),
-            (
-                f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
-                f"{spec.activations.bits}-bit activations per token"
-            ),
-            f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
-            f"transforms  {', '.join(sites) or 'none'}",
-            f"shards      {spec.shards} (tensor-parallel sizes that divide it can serve)",
-            f"runs here   through the {choice.name} backend ({choice.reason})",
-            f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
-            f"serve with  vllm serve {path}",
-        ]
-    )
+    parts = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sizes.items())
+    return [
+        (
+            f"{found['folder']}: {found['model_type']}, {found['blocks']} blocks, {found['tensors']} tensors, "
+            f"{sum(sizes.values()) / 1e6:.1f} MB"
+        ),
+        (
+            f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
+            f"{spec.activations.bits}-bit activations per token"
+        ),
+        f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
+        f"transforms  {', '.join(sites) or 'none'}",
+        f"sizes       {parts} MB; {found['bits_per_weight']:.2f} bits for each quantized weight",
+        f"shards      {spec.shards} (tensor-parallel sizes that divide it can serve)",
+        f"runs here   through the {here['backend']} backend ({here['reason']})",
+        f"kernel      {here['kernel']}",
+        f"suits here  {here['suitable_scheme']}: {here['suitable_reason']}",
+        f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
+        f"serve with  vllm serve {found['folder']}",
+        *_error_lines(found["errors"]),
+    ]
+
+
+def _error_lines(errors: list[dict[str, Any]]) -> list[str]:
+    if not errors:
+        return ["errors      no calibration_log.jsonl"]
+    lines = ["errors      mean squared, of each block against its full-precision self"]
+    for report in errors:
+        before, after = report["error_before"], report["error_after"]
+        known = isinstance(before, float) and isinstance(after, float) and before > 0
+        share = f"  ({100 * (after / before - 1):+.0f}%)" if known else ""
+        numbers = (
+            f"{before:.2e} before training, {after:.2e} finished{share}" if known else "not recorded"
+        )
+        lines.append(f"  block {report['block']:<4} {numbers}")
+    return lines
 
 
 def verify_folder(folder: str, backend: str) -> Iterator[str]:

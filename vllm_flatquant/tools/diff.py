@@ -1,0 +1,154 @@
+"""``flatquant diff``: what differs between two checkpoints."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+from torch import Tensor
+
+from ..calibration.errors import UserError
+from ..calibration.reference import read_spec
+from ..calibration.source import WeightFiles, folder_file, read_config, resolve_folder
+from ..files import first_line
+from ..kernels.pack import unpack_codes
+from ..spec import FlatQuantSpec
+
+Changes = dict[str, tuple[Any, Any]]
+"""Dotted key -> (first's value, second's value); None for a key that is not there."""
+
+
+def diff_folders(first: str, second: str) -> dict[str, Any]:
+    """Compare two checkpoint (or unquantized model) folders. Raises UserError if one cannot be read.
+
+    Returns ``same``, ``config`` and ``recipe`` (dotted key -> the two values, where they differ),
+    ``results`` (of both cards, differing or not), and ``tensors`` with ``only_first``, ``only_second``,
+    ``shape`` (name -> two "dtype [shape]"), ``values`` (name -> max_difference, changed: share of its
+    elements, of its codes if the tensor holds codes) and ``equal`` (how many). ``same`` looks at
+    configuration, recipe and tensors, not at results.
+    """
+    a, b = resolve_folder(first), resolve_folder(second)
+    specs = read_spec(a), read_spec(b)
+    found: dict[str, Any] = {
+        "first": str(a),
+        "second": str(b),
+        "config": changes(_flat(read_config(a)), _flat(read_config(b))),
+        "recipe": changes(_flat(_recipe(a)), _flat(_recipe(b))),
+        "tensors": diff_tensors(WeightFiles(a), WeightFiles(b), specs),
+        "results": _both(_results(a), _results(b)),
+    }
+    tensors = found["tensors"]
+    found["same"] = not (
+        found["config"] or found["recipe"] or any(v for k, v in tensors.items() if k != "equal")
+    )
+    return found
+
+
+def diff_tensors(
+    a: WeightFiles, b: WeightFiles, specs: tuple[FlatQuantSpec | None, FlatQuantSpec | None]
+) -> dict[str, Any]:
+    """The ``tensors`` part of ``diff_folders``, one pair in memory at a time."""
+    names, others = set(a.names), set(b.names)
+    found: dict[str, Any] = {
+        "only_first": sorted(names - others),
+        "only_second": sorted(others - names),
+        "shape": {},
+        "values": {},
+        "equal": 0,
+    }
+    for name in sorted(names & others):
+        kinds = [f"{files.stored[name].dtype} {list(files.stored[name].shape)}" for files in (a, b)]
+        if kinds[0] != kinds[1]:
+            found["shape"][name] = kinds
+            continue
+        x, y = a.tensor(name, check=False), b.tensor(name, check=False)
+        if name.endswith("weight_packed") and specs[0] and specs[1]:
+            x, y = (
+                unpack_codes(t, spec.weights.bits) for t, spec in zip((x, y), specs, strict=True) if spec
+            )
+        difference = compare(x, y)
+        if difference is None:
+            found["equal"] += 1
+        else:
+            found["values"][name] = difference
+    return found
+
+
+def compare(x: Tensor, y: Tensor) -> dict[str, float] | None:
+    """Largest absolute difference, and the share of elements that differ; None if equal (NaN equals NaN)."""
+    if x.shape != y.shape:
+        return {"max_difference": float("inf"), "changed": 1.0}
+    changed = (x != y) & ~(x.isnan() & y.isnan()) if x.is_floating_point() else x != y
+    if not bool(changed.any()):
+        return None
+    largest = (x[changed].double() - y[changed].double()).abs().nan_to_num(nan=float("inf")).max()
+    return {"max_difference": float(largest), "changed": float(changed.double().mean())}
+
+
+def changes(a: dict[str, Any], b: dict[str, Any]) -> Changes:
+    """The keys on which two flat mappings differ."""
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b}) if a.get(key) != b.get(key)}
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted keys."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {
+        full: inner
+        for key, nested in value.items()
+        for full, inner in _flat(nested, f"{prefix}.{key}" if prefix else str(key)).items()
+    }
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    """recipe.yaml, {} if there is none."""
+    file = folder_file(folder, "recipe.yaml")
+    if not file.is_file():
+        return {}
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{file} is no YAML ({first_line(error)}); copy it again") from None
+    return recipe if isinstance(recipe, dict) else {"recipe": recipe}
+
+
+def _results(folder: Path) -> dict[str, float]:
+    """What the folder's card records: "data, metric" -> value; {} without a readable card."""
+    file = folder_file(folder, "README.md")
+    if not file.is_file():
+        return {}
+    try:
+        found: Any = ModelCard.load(file).data.eval_results or []
+    except (ValueError, OSError, yaml.YAMLError):
+        return {}
+    return {f"{r.dataset_name}, {r.metric_name}": r.metric_value for r in found}
+
+
+def _both(a: dict[str, float], b: dict[str, float]) -> Changes:
+    return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b})}
+
+
+def diff_lines(found: dict[str, Any]) -> list[str]:
+    """``diff_folders``'s result for people."""
+    tensors = found["tensors"]
+    lines = [f"- {found['first']}", f"+ {found['second']}"]
+    for part in ("config", "recipe"):
+        lines += [f"{part} {key}: {a!r} -> {b!r}" for key, (a, b) in found[part].items()]
+    lines += [f"tensor only in the first: {name}" for name in tensors["only_first"]]
+    lines += [f"tensor only in the second: {name}" for name in tensors["only_second"]]
+    lines += [f"tensor {name}: {a} -> {b}" for name, (a, b) in tensors["shape"].items()]
+    for name, value in tensors["values"].items():
+        what = "codes" if name.endswith("weight_packed") else "values"
+        lines.append(
+            f"tensor {name}: {100 * value['changed']:.2f}% of the {what} differ, by at most "
+            f"{value['max_difference']:.3g}"
+        )
+    lines.append(f"{tensors['equal']} tensors equal, {len(tensors['values'])} of other values")
+    for key, (a, b) in found["results"].items():
+        lines.append(
+            f"{key}: {'not measured' if a is None else a} / {'not measured' if b is None else b}"
+        )
+    if found["same"]:
+        lines.append("the same checkpoint")
+    return lines
