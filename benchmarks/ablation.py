@@ -4,7 +4,7 @@
         --variant 'w4a4;distill_epochs=10' --variant 'w4a4,rounding="gptq";distill_epochs=10,distill_lr=2e-3'
 
 A variant is ``BLOCKS;LAST``: settings of the recipe for the stage block by block, then for the end-to-end stage
-(empty: none). Variants with equal BLOCKS share that stage, which runs once; both stages run ``--jobs`` at a time on
+(empty: none); --variants takes a file of them. Variants with equal BLOCKS share that stage, which runs once; both stages run ``--jobs`` at a time on
 one device. BLOCKS may begin with a scheme. Rows go to benchmarks/results/ablation.csv; rows that are there already
 are not measured again.
 """
@@ -185,7 +185,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--calib", required=True)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--variant", action="append", required=True, metavar="BLOCKS;LAST")
+    parser.add_argument("--variant", action="append", default=[], metavar="BLOCKS;LAST")
+    parser.add_argument(
+        "--variants", type=Path, action="append", default=[], help="file with a variant on each line"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -196,6 +199,11 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder where the stage block by block stays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    for file in args.variants:
+        lines = map(str.strip, file.read_text().splitlines())
+        args.variant += [line for line in lines if line and not line.startswith("#")]
+    if not args.variant:
+        parser.error("give --variant or --variants")
 
     texts = [tuple(t.split("=", 1)) for t in args.text]
     counts = {

@@ -6,6 +6,7 @@ AdamW) is captured once and replayed.
 
 import logging
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
+EAGER = "FLATQUANT_EAGER_TRAINING"
+"""Environment variable that turns captures off, should a driver or library not bear them."""
 EAGER_STEPS = 3
 """Steps before the capture: they make the optimizer's state and the libraries' workspaces."""
 
@@ -65,7 +68,7 @@ class Steps:
         self.parameters = [p for group in groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
         self.count = 0
-        self.wanted = graph and cuda
+        self.wanted = graph and cuda and not os.environ.get(EAGER)
         self.side = torch.cuda.Stream(device) if self.wanted else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
