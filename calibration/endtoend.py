@@ -125,7 +125,7 @@ def make_students(
     """Trainable blocks of the tensors of finished ones (latent weights under ``LATENT`` names)."""
     scale_dtype = None
     if spec.activations.bits == 16:
-        scale_dtype = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+        scale_dtype = source.scale_dtype
     students = []
     for i, tensors in enumerate(blocks):
         latents = {n.removesuffix(LATENT): t for n, t in tensors.items() if n.endswith(LATENT)}

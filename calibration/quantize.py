@@ -25,7 +25,7 @@ from .export import CheckpointWriter, check_out
 from .factors import factor_pair
 from .fold import fold_block
 from .recipe import Recipe
-from .round_block import round_block
+from .round_block import RoundingReport, round_block
 from .source import GOLDEN, ModelSource
 from .streams import record_inputs, run_block
 from .train import collect_stats, train_block
@@ -47,7 +47,7 @@ class BlockReport:
     error_after: float
     epoch_losses: list[float]
     skipped_steps: int
-    gptq_damping: float | None
+    rounding: dict[str, RoundingReport]
     seconds: float
     peak_memory_gb: float
 
@@ -232,7 +232,7 @@ def quantize_block(
     trained = train_block(block, layer, inputs, target, kwargs, recipe, device)
     folded = fold_block(block, stored)
     finished = source.load_block(index, device)
-    tensors, damping = round_block(finished, folded, recipe, spec, source, x_q, kwargs, device)
+    tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
     after = block_error(finished, x[few], target[few], kwargs, size, device)
     x_q = run_block(finished, x_q, kwargs, size, device)
     if recipe.distill_epochs:
@@ -244,7 +244,7 @@ def quantize_block(
         error_after=after,
         epoch_losses=trained.losses,
         skipped_steps=trained.skipped,
-        gptq_damping=damping,
+        rounding=rounding,
         seconds=0.0,
         peak_memory_gb=peak_memory(device),
     )

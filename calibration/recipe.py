@@ -34,6 +34,9 @@ class Recipe(BaseModel):
     number.
     chain: a block learns its full-precision output from full-precision inputs, or from those of the quantized
     blocks before it. precision: of products while training, in PyTorch's words; high is TF32.
+    damping, damping_rule, column_order: of GPTQ's and Qronos's Hessian (``rounding.prepare``); None: as their
+    authors have them. gptq_block: columns between two updates of all that follow. magr_alpha, magr_steps: of
+    MagR (magr.py), none if 0. weight_scale, weight_shrink: how scales follow from weights (``weights.Grid``).
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
     distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
     """
@@ -45,7 +48,15 @@ class Recipe(BaseModel):
     scheme: str = "w4a4"
     kv: Literal[4, 8, 16] = 16
     group_size: int | None = Field(default=None, gt=0)
-    rounding: Literal["rtn", "gptq"] = "rtn"
+    rounding: Literal["rtn", "gptq", "qronos"] = "rtn"
+    damping: float | None = Field(default=None, gt=0)
+    damping_rule: Literal["mean", "spectral", "column"] | None = None
+    column_order: Literal["natural", "norm"] = "natural"
+    gptq_block: int = Field(default=128, gt=0)
+    magr_alpha: float = Field(default=0.0, ge=0)
+    magr_steps: int = Field(default=150, gt=0)
+    weight_scale: Literal["max", "search"] = "max"
+    weight_shrink: float = Field(default=1.0, gt=0, le=1)
     shards: Literal[1, 2, 4, 8] = 1
     samples: int = Field(default=128, gt=0)
     seq_len: int = Field(default=2048, gt=1)
@@ -68,8 +79,6 @@ class Recipe(BaseModel):
     distill_lr: float = Field(default=1e-3, gt=0)
     distill_weight_lr: float = Field(default=1e-2, ge=0)
     distill_generated: int = Field(default=0, ge=0)
-    gptq_damping: float = Field(default=0.01, gt=0)
-    gptq_block: int = Field(default=128, gt=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @field_validator("scheme")
@@ -101,6 +110,20 @@ class Recipe(BaseModel):
                 "v_each_head needs o_proj without a head-axis transform; leave o out of transforms"
             )
         return self
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether rounding reads the stream of the quantized prefix."""
+        return self.rounding != "rtn" or self.magr_alpha > 0
+
+    @property
+    def damping_used(self) -> tuple[float, Literal["mean", "spectral", "column"]]:
+        """Fraction and rule of the damping; by default those of the method's authors."""
+        if self.rounding == "qronos":
+            fraction, rule = (1e-6 if self.activation_bits == 16 else 1e-3), "spectral"
+        else:
+            fraction, rule = 0.01, "mean"
+        return self.damping or fraction, self.damping_rule or rule  # type: ignore[return-value]
 
     @property
     def weight_bits(self) -> int:
@@ -135,7 +158,7 @@ class Recipe(BaseModel):
     @property
     def follows_quantized(self) -> bool:
         """Whether a block needs what the quantized blocks before it give for every calibration row."""
-        return self.rounding != "rtn" or self.chain == "quantized"
+        return self.needs_hessian or self.chain == "quantized"
 
     def to_yaml(self, calib: str | None = None) -> str:
         """The recipe as recipe.yaml holds it, with the name of the calibration text if given."""

@@ -1,20 +1,53 @@
-"""Round one folded block, group by group, and install the result into the layer."""
+"""Round one folded block, site by site, and install the result into the layer."""
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels.pack import pack_codes
-from ..spec import FlatQuantSpec
+from ..spec import Activations, FlatQuantSpec, KVCache
 from .architectures import Architecture
 from .block import set_submodule
+from .errors import UserError
 from .fold import FoldedBlock
+from .magr import shrink_range
 from .recipe import Recipe
 from .reference import ReferenceLinear, ReferenceSite, install_block
-from .rounding import gptq, rtn
+from .rounding import gptq, prepare, qronos, rtn
 from .source import ModelSource
 from .streams import batches
+from .weights import Grid
+
+
+@dataclass
+class RoundingReport:
+    """How one site was rounded. damping: fractions tried, of which the last held. bound: ``Sweep.bound``."""
+
+    damping: list[float]
+    bound: float
+
+
+@dataclass
+class Stream:
+    """A layer with its sites in place, and the inputs [N, T, hidden] that it is run on."""
+
+    layer: nn.Module
+    sites: dict[str, ReferenceSite]
+    x: Tensor
+
+    @torch.no_grad()
+    def inputs(self, site: str, batch: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """What the site's linears read for ``batch``, after transform and quantization, float32 [T, K]."""
+        kept: list[Tensor] = []
+        self.sites[site].observe = kept.append
+        try:
+            self.layer(batch, **kwargs)
+        finally:
+            self.sites[site].observe = None
+        return kept[0].float()
 
 
 def round_block(
@@ -23,67 +56,90 @@ def round_block(
     recipe: Recipe,
     spec: FlatQuantSpec,
     source: ModelSource,
+    x: Tensor,
     x_q: Tensor,
     kwargs: dict[str, Any],
     device: torch.device,
-) -> tuple[dict[str, Tensor], float | None]:
-    """Round a folded block and install it into ``layer``; returns its checkpoint tensors and the damping.
+) -> tuple[dict[str, Tensor], dict[str, RoundingReport]]:
+    """Round a folded block and install it into ``layer``.
 
-    GPTQ goes through the groups in the order in which the block runs them, so that each sees the rounded
-    ones before it.
+    x: full-precision stream [N, T, hidden], read by Qronos alone. x_q: stream of the quantized prefix. The
+    sites are rounded in the order in which the block runs them, so that each sees the rounded ones before.
+    Returns the block's checkpoint tensors and, by site, how it went. Raises UserError if the
+    activations are not finite.
     """
     arch: Architecture = source.arch
+    exact = None
+    if recipe.rounding == "qronos":
+        exact = exact_stream(layer, folded, spec, arch, x)
     sites = install_block(layer, folded.tensors, spec, arch, weights=folded.weights)
-    tensors, highest = dict(folded.tensors), None
-    scale_dtype = None
-    if recipe.activation_bits == 16:
-        scale_dtype = source.dtype if source.dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
+    rounded = Stream(layer, sites, x_q)
+    tensors, reports = dict(folded.tensors), {}
+    grid = Grid(
+        recipe.weight_bits,
+        recipe.group_size,
+        source.scale_dtype if recipe.activation_bits == 16 else None,
+        recipe.weight_scale == "search",
+        recipe.weight_shrink,
+    )
     for group, name in zip(arch.groups, sites, strict=True):
-        hessian = None
-        if recipe.rounding == "gptq":
-            hessian = accumulate_hessian(layer, sites[name], x_q, kwargs, recipe.batch_size, device)
-        for linear in group:
-            weight = folded.weights[linear]
-            if hessian is None:
-                codes, scale = rtn(weight, recipe.weight_bits, recipe.group_size, scale_dtype)
-            else:
-                codes, scale, damping = gptq(
-                    weight,
-                    hessian,
-                    recipe.weight_bits,
-                    recipe.group_size,
-                    scale_dtype,
-                    recipe.gptq_damping,
-                    recipe.gptq_block,
+        weight = torch.cat([folded.weights[linear] for linear in group])  # they share input and order
+        if recipe.needs_hessian:
+            hessian, cross = accumulate(rounded, exact, name, kwargs, recipe.batch_size, device)
+            if recipe.magr_alpha:
+                weight = shrink_range(
+                    weight, hessian, recipe.magr_alpha, recipe.magr_steps, recipe.group_size
                 )
-                highest = max(damping, highest or 0.0)
-            tensors[f"{linear}.weight_packed"] = pack_codes(codes, recipe.weight_bits)
-            tensors[f"{linear}.weight_scale"] = scale
+        if recipe.rounding == "rtn":
+            codes, scale = rtn(weight, grid)
+        else:
+            try:
+                sweep = prepare(hessian, *recipe.damping_used, recipe.column_order == "norm")
+            except ArithmeticError as error:
+                raise UserError(f"{name} inputs of a block: {error}") from None
+            reports[name] = RoundingReport(sweep.tried, sweep.bound)
+            if cross is None:
+                codes, scale = gptq(weight, sweep, grid, recipe.gptq_block)
+            else:
+                codes, scale = qronos(weight, sweep, cross, grid, recipe.gptq_block)
+        rows = [len(folded.weights[linear]) for linear in group]
+        for linear, some, its_scale in zip(group, codes.split(rows), scale.split(rows), strict=True):
+            tensors[f"{linear}.weight_packed"] = pack_codes(some, recipe.weight_bits).contiguous()
+            tensors[f"{linear}.weight_scale"] = its_scale.contiguous()
             bias = folded.tensors.get(f"{linear}.bias")
-            set_submodule(layer, linear, ReferenceLinear(sites[name], bias, codes, scale))
-    return tensors, highest
+            set_submodule(layer, linear, ReferenceLinear(sites[name], bias, some, its_scale))
+    return tensors, reports
 
 
-@torch.no_grad()
-def accumulate_hessian(
-    layer: nn.Module,
-    site: ReferenceSite,
-    x: Tensor,
+def exact_stream(
+    layer: nn.Module, folded: FoldedBlock, spec: FlatQuantSpec, arch: Architecture, x: Tensor
+) -> Stream:
+    """The folded block without any rounding, on the full-precision stream. ``layer`` is copied."""
+    copied = copy.deepcopy(layer)
+    update = {"activations": Activations(bits=16), "kv": KVCache()}
+    sites = install_block(
+        copied, folded.tensors, spec.model_copy(update=update), arch, weights=folded.weights
+    )
+    return Stream(copied, sites, x)
+
+
+def accumulate(
+    rounded: Stream,
+    exact: Stream | None,
+    site: str,
     kwargs: dict[str, Any],
     batch_size: int,
     device: torch.device,
-) -> Tensor:
-    """Sum of z^T z over the site's quantized inputs, float64 [K, K]."""
-    total: list[Tensor] = []
-
-    def observe(z: Tensor) -> None:
-        product = (z.float().T @ z.float()).double()
-        total[:] = [total[0] + product] if total else [product]
-
-    site.observe = observe
-    try:
-        for batch in batches(x, batch_size, device):
-            layer(batch, **kwargs)
-    finally:
-        site.observe = None
-    return total[0]
+) -> tuple[Tensor, Tensor | None]:
+    """``(X~^T X~, X~^T X)`` of the site's inputs over all rows, float64 [K, K]; None without ``exact``."""
+    hessian = cross = None
+    goals = batches(exact.x, batch_size, device) if exact is not None else None
+    for batch in batches(rounded.x, batch_size, device):
+        z = rounded.inputs(site, batch, kwargs)
+        product = (z.T @ z).double()
+        hessian = product if hessian is None else hessian.add_(product)
+        if exact is not None and goals is not None:
+            product = (z.T @ exact.inputs(site, next(goals), kwargs)).double()
+            cross = product if cross is None else cross.add_(product)
+    assert hessian is not None
+    return hessian, cross

@@ -73,6 +73,13 @@ class ModelSource:
         """``model.layers.N.``"""
         return f"{self.arch.blocks}.{index}."
 
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Type of the weight scales that a weight-only GEMM reads: the dtype that config.json names, which is
+        what vLLM serves in, whatever the tensors are stored as; bf16 if that has 32 bits."""
+        named = self.config.dtype or self.dtype
+        return named if named in (torch.bfloat16, torch.float16) else torch.bfloat16
+
     def block_tensors(self, index: int) -> dict[str, Tensor]:
         """Tensors of one block under names relative to it, in their stored dtype, on the CPU."""
         prefix = self.block_prefix(index)

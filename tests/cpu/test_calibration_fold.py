@@ -136,7 +136,7 @@ def test_trained_block_computes_what_the_finished_one_does(tmp_path, kv, setting
     trained = run_block(layer, x, kwargs[0], 2, CPU)
     folded = fold_block(block, source.block_tensors(0))
     finished = source.load_block(0, CPU)
-    round_block(finished, folded, recipe, spec, source, x, kwargs[0], CPU)
+    round_block(finished, folded, recipe, spec, source, x, x, kwargs[0], CPU)
     served = run_block(finished, x, kwargs[0], 2, CPU)
     assert (trained - served).norm() < 0.5 * (exact - served).norm()
 

@@ -50,7 +50,7 @@ def test_every_scheme(tmp_path, calib, scheme, kv):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("rounding", ["rtn", "gptq"])
+@pytest.mark.parametrize("rounding", ["rtn", "gptq", "qronos"])
 def test_every_architecture(tmp_path, calib, model_type, rounding):
     model, out = make(tmp_path, calib, model_type, rounding=rounding, shards=2, kv=4)
     assert "ok" in next(verify_folder(str(out), "reference"))
@@ -58,7 +58,11 @@ def test_every_architecture(tmp_path, calib, model_type, rounding):
     log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
     assert [r["block"] for r in log] == [0, 1]
     assert all(len(r["epoch_losses"]) == SMALL["epochs"] and min(r["epoch_losses"]) > 0 for r in log)
-    assert all((r["gptq_damping"] is not None) == (rounding == "gptq") for r in log)
+    for report in log:
+        sites = {"rtn": set()}.get(rounding, {"qkv", "o", "gate_up", "down"})
+        assert set(report["rounding"]) == sites
+        fraction = {"gptq": 0.01, "qronos": 1e-3}.get(rounding)
+        assert all(r["damping"][0] == fraction and r["bound"] > 0 for r in report["rounding"].values())
 
 
 @pytest.mark.parametrize("scheme", ["w4a4", "w4a8", "w4a16"])
@@ -96,6 +100,9 @@ def test_weights_of_another_dtype_than_the_config_says(tmp_path, calib, stored):
     (model / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
     out = quantize(model, tmp_path / "out", make_recipe(**SMALL), calib, "cpu")
     assert "difference 0.0000" in next(verify_folder(str(out), "reference"))
+    out = quantize(model, tmp_path / "16", make_recipe(**SMALL, scheme="w4a16"), calib, "cpu")
+    scales = [t for n, t in load_file(out / "model.safetensors").items() if n.endswith("weight_scale")]
+    assert all(torch.equal(s, s.bfloat16().float()) for s in scales)  # the dtype that will be served
 
 
 def test_tied_embeddings_with_a_stored_lm_head(tmp_path, calib):
@@ -167,8 +174,14 @@ def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib):
         tensors["model.layers.1.mlp.up_proj.weight"][7] *= 1e4  # an outlier channel, rescaled exactly
         tensors["model.layers.1.mlp.down_proj.weight"][:, 7] /= 1e4
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    for rounding in ("rtn", "gptq"):
-        out = quantize(model, tmp_path / rounding, make_recipe(**SMALL, rounding=rounding), calib, "cpu")
+    methods = {
+        "rtn": {},
+        "gptq": {"rounding": "gptq", "column_order": "norm"},
+        "column": {"rounding": "gptq", "damping_rule": "column"},
+        "qronos": {"rounding": "qronos", "column_order": "norm"},
+    }
+    for name, settings in methods.items():
+        out = quantize(model, tmp_path / name, make_recipe(**SMALL, **settings), calib, "cpu")
         found = load_file(out / "model.safetensors")
         assert all(torch.isfinite(t.float()).all() for t in found.values())
         assert error(model, out) < 1
