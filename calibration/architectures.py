@@ -32,6 +32,12 @@ class Architecture:
         """Linears that share one input."""
         return (self.qkv, (self.o,), self.gate_up, (self.down,))
 
+    def norm_before(self, linear: str) -> str | None:
+        """The norm whose output ``linear`` reads; None for o_proj and down_proj."""
+        return (
+            self.input_norm if linear in self.qkv else self.post_norm if linear in self.gate_up else None
+        )
+
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(),

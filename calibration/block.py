@@ -35,7 +35,7 @@ class TrainableLinear(nn.Module):
         super().__init__()
         self.weight = linear.weight.detach()
         self.bias = linear.bias.detach() if linear.bias is not None else None
-        self.recipe = recipe
+        self.recipe, self.weight_bits = recipe, recipe.weight_bits
         groups = grouped(self.weight, recipe.group_size).shape[1]
         self.clip = WeightClip(self.weight.shape[0], groups) if recipe.weight_clip else None
         self.site = [site]  # a list keeps the shared site out of this module's parameters
@@ -57,7 +57,7 @@ class TrainableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         weight, bias = self.transformed()
-        weight = fake_quantize_weight(weight, self.recipe.weight_bits, self.recipe.group_size)
+        weight = fake_quantize_weight(weight, self.weight_bits, self.recipe.group_size)
         return F.linear(self.site[0](x), weight, bias)
 
 

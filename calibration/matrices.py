@@ -5,11 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-
-def random_orthogonal(shards: int, n: int, generator: torch.Generator) -> Tensor:
-    """Haar-distributed orthogonal matrices, float32 [shards, n, n], on the CPU."""
-    q, r = torch.linalg.qr(torch.randn(shards, n, n, generator=generator, dtype=torch.float64))
-    return (q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)).float()
+from .hadamard import orthonormal_hadamard, random_orthogonal
 
 
 def cayley(raw: Tensor) -> Tensor:
@@ -91,10 +87,17 @@ def identity(shards: int, n: int, generator: torch.Generator) -> FixedMatrix:
     return FixedMatrix(torch.eye(n).expand(shards, n, n).contiguous())
 
 
+def hadamard_matrix(shards: int, n: int, generator: torch.Generator) -> FixedMatrix:
+    """An on-line Hadamard: the same for each shard, no random signs."""
+    p = orthonormal_hadamard(n, generator).float()
+    return FixedMatrix(p.expand(shards, n, n).contiguous())
+
+
 MATRICES: dict[str, Callable[[int, int, torch.Generator], nn.Module]] = {
     "svd": SVDMatrix,
     "direct": DirectMatrix,
     "orthogonal": OrthogonalMatrix,
+    "hadamard": hadamard_matrix,
     "identity": identity,
 }
 """Kind -> what makes the module for (shards, n, generator); its result gives (P, P^-T), [S, n, n]."""

@@ -24,6 +24,7 @@ from .errors import UserError
 from .export import CheckpointWriter, check_out
 from .factors import factor_pair
 from .fold import fold_block
+from .learned_rotation import rotate_source
 from .recipe import Recipe
 from .round_block import RoundingReport, round_block
 from .source import GOLDEN, ModelSource
@@ -67,7 +68,7 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
 
     config, arch = source.config, source.arch
     shapes = {n: source.files.shape(f"{source.block_prefix(0)}{n}.weight") for n in arch.linears}
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = source.head_dim
     heads, hidden = shapes[arch.o][1] // head_dim, shapes[arch.qkv[0]][1]
     intermediate = shapes[arch.down][1]
     kv_heads = shapes[arch.qkv[1]][0] // head_dim
@@ -137,6 +138,7 @@ def quantize(
     check_out(out, overwrite, source.path)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    source = rotate_source(source, recipe, tokens, where)
     reports: list[BlockReport] = []
     finished: list[dict[str, Tensor]] = []
     try:

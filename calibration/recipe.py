@@ -27,6 +27,8 @@ class Recipe(BaseModel):
     shards: blocks of the o_proj and down_proj transforms. samples x seq_len tokens calibrate; each block
     trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
+    rotation: of the residual stream, merged into the weights first; learned: by ``rotation_steps`` steps of
+    ``rotation_batch`` rows at rate ``rotation_lr`` (learned_rotation.py).
     transforms: which there are: qkv, o, gate_up, down (on-line, before these linears), k (on-line, on q and
     k, only if K is quantized) and v (merged into v_proj and o_proj). matrix: their form; v_matrix: v's, if it
     differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. diag: sites with a
@@ -64,9 +66,13 @@ class Recipe(BaseModel):
     batch_size: int = Field(default=4, gt=0)
     lr: float = Field(default=1e-2, gt=0)
     clip_lr_factor: float = Field(default=10.0, gt=0)
-    matrix: Literal["svd", "direct", "orthogonal"] = "svd"
+    rotation: Literal["none", "hadamard", "learned"] = "none"
+    rotation_steps: int = Field(default=100, gt=0)
+    rotation_batch: int = Field(default=8, gt=0)
+    rotation_lr: float = Field(default=1.5, gt=0)
+    matrix: Literal["svd", "direct", "orthogonal", "hadamard"] = "svd"
     transforms: tuple[TransformName, ...] = TRANSFORMS
-    v_matrix: Literal["svd", "direct", "orthogonal"] | None = None
+    v_matrix: Literal["svd", "direct", "orthogonal", "hadamard"] | None = None
     v_each_head: bool = False
     diag: tuple[SiteName, ...] = DIAGONALS
     diag_alpha: float = Field(default=0.3, ge=0, le=1)

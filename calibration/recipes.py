@@ -60,7 +60,44 @@ FLATQUANT: dict[str, NamedRecipe] = {
     ),
 }
 
-RECIPES: dict[str, NamedRecipe] = {**FLATQUANT}
+QUAROT_SETTINGS: dict[str, Any] = {
+    "system": "QuaRot",
+    "paper": "arXiv 2404.00456",
+    "rotation": "hadamard",
+    "transforms": ["o", "down", "k", "v"],
+    "matrix": "hadamard",
+    "diag": False,
+    "weight_clip": False,
+    "weight_scale": "search",
+    "activation_clip": 0.9,
+    "kv_clip": 0.95,
+    "epochs": 0,
+    "rounding": "gptq",
+}
+SPINQUANT_SETTINGS: dict[str, Any] = {
+    **QUAROT_SETTINGS,
+    "system": "SpinQuant",
+    "paper": "arXiv 2405.16406",
+    "rotation": "learned",
+    "transforms": ["down", "k"],
+    "activation_clip": 1.0,
+    "kv_clip": 1.0,
+}
+ROTATIONS: dict[str, NamedRecipe] = {
+    "quarot-w4a4": NamedRecipe("Hadamard rotations and GPTQ, nothing trained; minutes", QUAROT_SETTINGS),
+    "quarot-w4a4-rtn": NamedRecipe(
+        "as quarot-w4a4 without GPTQ; the fastest that works", {**QUAROT_SETTINGS, "rounding": "rtn"}
+    ),
+    "quarot-w4a4kv4": NamedRecipe("as quarot-w4a4 with a 4-bit KV cache", {**QUAROT_SETTINGS, "kv": 4}),
+    "spinquant-w4a4": NamedRecipe(
+        "rotations learned end to end (the whole model in memory), then GPTQ", SPINQUANT_SETTINGS
+    ),
+    "spinquant-w4a4kv4": NamedRecipe(
+        "as spinquant-w4a4 with a 4-bit KV cache", {**SPINQUANT_SETTINGS, "kv": 4}
+    ),
+}
+
+RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS}
 """Name -> recipe, in the order in which they are listed."""
 
 

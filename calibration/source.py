@@ -69,6 +69,12 @@ class ModelSource:
         check_weights(self.path, self.config, self.files)
         self.dtype = self.files.dtype(f"{self.arch.blocks}.0.{self.arch.o}.weight")
 
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        given = getattr(self.config, "head_dim", None)
+        return given or self.config.hidden_size // self.config.num_attention_heads
+
     def block_prefix(self, index: int) -> str:
         """``model.layers.N.``"""
         return f"{self.arch.blocks}.{index}."
