@@ -42,6 +42,7 @@ class CheckpointWriter:
         self._bytes = 0
         self._shards: list[list[str]] = []
         self._total = 0
+        self._sealed = False
 
     def __enter__(self) -> Self:
         try:
@@ -87,8 +88,11 @@ class CheckpointWriter:
         config = {**config, "quantization_config": spec.model_dump()}
         self.write_text("config.json", json.dumps(config, indent=2) + "\n")
 
-    def finish(self) -> Path:
-        """Name the shards, write the index, and put the folder in place."""
+    def seal(self) -> Path:
+        """Name the shards and write the index: the folder (returned), not yet in place, can then be read."""
+        if self._sealed:
+            return self.folder
+        self._sealed = True
         self._flush()
         count = len(self._shards)
         where = {}
@@ -101,6 +105,11 @@ class CheckpointWriter:
         # With one shard too: vLLM reads every *.safetensors file that no index excludes, the golden prompt as well.
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(where.items()))}
         self.write_text("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        return self.folder
+
+    def finish(self) -> Path:
+        """Put the finished folder in place."""
+        self.seal()
         check_out(self.out, self.overwrite)  # another run may have finished there meanwhile
         old = Path(tempfile.mkdtemp(prefix=f".{self.out.name}.", dir=self.out.parent))
         if self.out.exists():

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -125,6 +126,32 @@ def diff(
         raise SystemExit(1)
 
 
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="folder (or flat_matrices.pth) of another FlatQuant tool")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint folder to make")],
+    model: Annotated[
+        str | None, typer.Option(help="original model, for transforms that come without weights")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="w4a4, ...: if the source does not say")] = None,
+    kv: Annotated[int | None, typer.Option(help="KV-cache bits: if the source does not say")] = None,
+    golden: Annotated[
+        bool, typer.Option("--golden/--no-golden", help="run the model once, for `inspect --verify`")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="replace a folder that is not empty")
+    ] = False,
+) -> None:
+    """Turn what another FlatQuant tool made into a checkpoint: flat_matrices.pth and RealQuant folders of
+    the official code, SqueezeBits W4A16 folders, vllm-ascend W4A4_FLATQUANT_DYNAMIC folders."""
+    from .tools.convert import convert as run
+
+    for note in run(source, out, model, scheme, kv, overwrite, golden):
+        print(f"approximated: {note}")
+    print(f"wrote {out}; serve it with: vllm serve {out}")
+
+
 def recipes(
     name: Annotated[str | None, typer.Argument(help="show the settings of this one")] = None,
 ) -> None:
@@ -140,6 +167,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "inspect": inspect,
     "diff": diff,
+    "convert": convert,
     "recipes": recipes,
 }
 """Name on the command line -> function; typer reads its signature."""

@@ -4,6 +4,7 @@ Shared by calibration (writes it) and the plugin (reads it). docs/format.md desc
 go with it. Unknown keys and newer versions are refused.
 """
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -122,7 +123,7 @@ class FlatQuantSpec(_Strict):
     activations: Activations
     kv: KVCache = KVCache()
     shards: int = Field(default=1, gt=0)
-    transform_dtype: Literal["bfloat16"] = "bfloat16"
+    transform_dtype: Literal["bfloat16", "float16"] = "bfloat16"
     ignore: list[str] = ["lm_head"]
     sites: Sites
 
@@ -148,6 +149,17 @@ class FlatQuantSpec(_Strict):
         return f"w{self.weights.bits}a{self.activations.bits}"
 
 
+def foreign_tool(config: Mapping[str, Any]) -> str | None:
+    """Which other FlatQuant tool wrote this ``quantization_config``; None if no known one did."""
+    if config.get("format") == "pack-quantized" and "config_groups" in config:
+        return "a SqueezeBits FlatQuant W4A16 folder"
+    if "online_trans" in config or config.get("format") == "packed_int4":
+        return "a folder of the official FlatQuant code's quantized weights (RealQuant)"
+    if "FLATQUANT" in str(config.get("model_quant_type", config.get("quantize", ""))):
+        return "a vllm-ascend FlatQuant folder (msmodelslim)"
+    return None
+
+
 def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
     """Check ``config`` (the ``quantization_config`` of config.json) and return it typed.
 
@@ -155,6 +167,12 @@ def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
     """
     version = config.get("format_version")
     if version is None:
+        tool = foreign_tool(config)
+        if tool is not None:
+            raise SpecError(
+                f"quantization_config is that of {tool}, which this version does not serve as it is; convert the "
+                "folder with `flatquant convert FOLDER --out NEW` and serve NEW"
+            )
         raise SpecError(
             "quantization_config says quant_method 'flatquant' but has no format_version: another tool "
             "wrote it; re-quantize the original model with `flatquant quantize`"

@@ -1,0 +1,100 @@
+"""``flatquant convert``: folders of other FlatQuant tools become checkpoints of ours."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from ..calibration.card import model_card
+from ..calibration.errors import UserError
+from ..calibration.export import CheckpointWriter, check_out
+from ..calibration.quantize import GOLDEN_TOKENS, GOLDEN_TOP
+from ..calibration.reference import load_reference
+from ..calibration.source import GOLDEN, WeightFiles, check_weights, load_config, read_config
+from ..spec import foreign_tool
+from .foreign import ForeignModel
+from .foreign_official import read_matrices, read_realquant
+from .foreign_vllm import ASCEND, read_ascend, read_squeezebits
+
+FORMATS = (
+    "flat_matrices.pth of the official code with --model, its RealQuant folders, SqueezeBits W4A16 folders "
+    f"and vllm-ascend {ASCEND} folders"
+)
+
+
+def convert(
+    source: str,
+    out: str | Path,
+    model: str | None = None,
+    scheme: str | None = None,
+    kv: int | None = None,
+    overwrite: bool = False,
+    golden: bool = True,
+) -> list[str]:
+    """Write ``source`` as a checkpoint to ``out``.
+
+    model: the original model's folder, for transforms that come without weights. scheme, kv: what the
+    source does not record. golden: run the model to add a self-test (it must fit into memory).
+    Returns what was approximated, in sentences. Raises UserError for a source that is none of ``FORMATS``,
+    or holds what ours cannot, and leaves nothing half-written.
+    """
+    out = Path(out).resolve()
+    check_out(out, overwrite, Path(source))
+    found = read_foreign(Path(source), model, scheme.lower() if scheme else None, kv)
+    with CheckpointWriter(out, overwrite) as writer:
+        for tensors in found.tensors:
+            writer.add(tensors)
+        writer.write_side_files(found.side, found.config, found.spec)
+        writer.write_text("README.md", _card(found))
+        folder = writer.seal()
+        try:
+            check_weights(folder, load_config(folder), WeightFiles(folder), found.spec)
+            if golden:
+                (folder / GOLDEN).write_bytes(save(golden_tensors(folder)))
+        except UserError as error:
+            raise UserError(str(error).replace(str(folder), f"{source}, converted,")) from None
+        writer.finish()
+    return found.notes
+
+
+def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | None) -> ForeignModel:
+    """Recognise a folder or file and open it. Raises UserError."""
+    matrices = path / "flat_matrices.pth" if path.is_dir() else path
+    if path.is_dir() and (path / "quant_model_description.json").is_file():
+        return read_ascend(path)
+    if path.is_dir() and (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        config = read_config(path)
+        if isinstance(config.get("quantization_config"), dict):
+            if "format_version" in config["quantization_config"]:
+                raise UserError(f"{path} is a checkpoint of flatquant already; serve it as it is")
+            if (foreign_tool(config["quantization_config"]) or "").startswith("a SqueezeBits"):
+                return read_squeezebits(path)
+        if "fake_quant_config" in config:
+            raise UserError(
+                f"{path} holds weights that are dequantized already (vllm_custom); convert its flat_matrices.pth "
+                "with --model ORIGINAL instead"
+            )
+        if any(name.startswith("quantizer.") for name in WeightFiles(path).names):
+            return read_realquant(path, scheme, kv)
+    if matrices.is_file():
+        return read_matrices(matrices, model, scheme, kv)
+    raise UserError(f"{path} is not recognised; what can be converted: {FORMATS}")
+
+
+def _card(found: ForeignModel) -> str:
+    notes = "".join(f"\n- Approximated: {note}." for note in found.notes)
+    return model_card(found.side, found.base, found.spec, None, "", f"{found.origin}\n{notes}".rstrip())
+
+
+@torch.no_grad()
+def golden_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """The self-test of a finished folder, as ``quantize`` writes it, on token ids drawn at random.
+
+    Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
+    """
+    config = load_config(folder)
+    length = min(GOLDEN_TOKENS, getattr(config, "max_position_embeddings", GOLDEN_TOKENS))
+    ids = torch.randint(config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+    logits = load_reference(folder)(ids[None], use_cache=False).logits[0].float()
+    top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
+    return {"input_ids": ids, "top_ids": top.indices, "top_logits": top.values}
