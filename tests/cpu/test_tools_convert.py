@@ -242,7 +242,7 @@ def test_a_pickle_with_more_than_tensors_is_refused(run, model, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     file = tmp_path / "flat_matrices.pth"
-    file.write_bytes(pickle.dumps({0: Evil()}))
+    file.write_bytes(pickle.dumps({0: Evil()}, protocol=2))
     torch.save({0: Evil()}, tmp_path / "zip.pth")
     for source in (file, tmp_path / "zip.pth"):
         status, _, err = run(

@@ -15,6 +15,7 @@ from ..calibration.errors import UserError
 from ..calibration.fold import fold_norm, inverse_transpose, round_factor
 from ..calibration.rounding import rtn
 from ..calibration.source import ModelSource, WeightFiles, read_config
+from ..calibration.weights import Grid
 from ..files import first_line
 from ..kernels.kron import kron_wide_ref
 from ..kernels.pack import pack_codes
@@ -151,7 +152,7 @@ def _fold(
                 weight = weight * down_diag.double()[:, None]
                 wide = wide * down_diag.double() if wide is not None else None
             codes, scale = rtn(
-                weight, spec.weights.bits, None, _scale_dtype(spec.activations.bits, source)
+                weight, Grid(spec.weights.bits, dtype=_scale_dtype(spec.activations.bits, source))
             )
             out[f"{linear}.weight_packed"] = pack_codes(codes, spec.weights.bits)
             out[f"{linear}.weight_scale"] = scale
