@@ -29,7 +29,7 @@ STAMP_VLLM := $(VENV)/.stamp-vllm-$(DEVICE)
 STAMP_DEV := $(VENV)/.stamp-dev-$(DEVICE)
 CONSTRAINTS := $(if $(filter cpu,$(DEVICE)),-c .ci/constraints-cpu.txt)
 
-.PHONY: help install quickstart test lint test-cpu test-interpret test-gpu readme clean
+.PHONY: help install quickstart test lint test-cpu test-interpret test-gpu soak readme clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -79,6 +79,9 @@ test-interpret: $(STAMP_DEV)
 
 test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed package (PYTHON=, COMMIT=, GPU_CSV=)
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) .ci/gpu_tests.py --csv $(GPU_CSV) --commit $(COMMIT)
+
+soak: $(STAMP_DEV) ## half an hour of clients, damaged files, killed runs and the documents' commands; adds rows to benchmarks/results/soak.csv
+	$(BIN)/python -m tests.soak.run
 
 readme: ## the results table of README.md, from benchmarks/results
 	$(PYTHON) .ci/readme_table.py
