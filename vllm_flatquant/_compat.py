@@ -1,6 +1,7 @@
 """Everything of vLLM that is private or differs between versions 0.26 and 0.33; nothing else may import it."""
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -8,8 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from vllm.config import get_current_vllm_config
+from torch import Tensor, fx, nn
+from vllm.config import CompilationMode, get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.linear import (
@@ -92,6 +93,68 @@ def deployment(vllm_config: Any = None) -> Deployment:
 def token_limit() -> int:
     """The most tokens that one forward pass of the run that is being built can have."""
     return int(get_current_vllm_config().scheduler_config.max_num_batched_tokens)
+
+
+def compiles_graphs() -> bool:
+    """Whether vLLM compiles the model of the run that is being built, and with passes of its own choice."""
+    config = get_current_vllm_config().compilation_config
+    uncompiled = (None, CompilationMode.NONE, CompilationMode.STOCK_TORCH_COMPILE)
+    return config.mode not in uncompiled and config.backend in ("", "inductor")
+
+
+def add_graph_pass(run: Callable[[fx.Graph], None], identity: str) -> None:
+    """Have the compiler call ``run`` on every functional graph of the run that is being built. Idempotent.
+
+    identity: goes into the keys of the compile caches. The slot is ``--compilation-config``'s
+    ``inductor_passes``: a pass that the user has put there runs after ours.
+    """
+    from vllm.compilation.passes.inductor_pass import CallableInductorPass
+
+    options = get_current_vllm_config().compilation_config.inductor_compile_config
+    users: Any = options.get(current_platform.pass_key)
+    if getattr(users, "_flatquant", False):
+        return
+
+    def both(graph: fx.Graph) -> None:
+        run(graph)
+        users(graph)
+
+    ours = CallableInductorPass(
+        run if users is None else both, identity if users is None else f"{identity}, {users.uuid()}"
+    )
+    cast(Any, ours)._flatquant = True
+    options[current_platform.pass_key] = ours
+
+
+def watch_pieces(watch: Callable[[str, Any, bool, bool], None]) -> None:
+    """Call ``watch(tokens, artifact, first, last)`` after each piece of a graph is compiled. Idempotent.
+
+    tokens: the range of token counts that the piece is for. The method that is wrapped may change: then
+    nothing is called, and only a log line is lost.
+    """
+    try:
+        from vllm.compilation.backends import CompilerManager
+
+        original = CompilerManager.compile
+        signature = inspect.signature(original)
+    except (ImportError, AttributeError):
+        return
+    names = ("compile_range", "graph_index", "num_graphs")
+    if getattr(original, "_flatquant", False) or not set(names) <= signature.parameters.keys():
+        return
+
+    @functools.wraps(original)
+    def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        artifact = original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.apply_defaults()
+        tokens, index, count = (bound.arguments[name] for name in names)
+        start, end = getattr(tokens, "start", "?"), getattr(tokens, "end", "?")
+        watch(f"{start} to {end}", artifact, index == 0, index == count - 1)
+        return artifact
+
+    cast(Any, compile)._flatquant = True
+    cast(Any, CompilerManager).compile = compile
 
 
 def is_cpu() -> bool:

@@ -184,6 +184,7 @@ class Integer8:
             )
         self._bits = bits
         self._dtype = dtype
+        self._tokens = _compat.token_limit()
         self._kron_quant = kron_quant
         self._product = _compat.scaled_int8_product()
 
@@ -191,8 +192,7 @@ class Integer8:
         _set(layer, "weight_codes", packed)
         _set(layer, "weight_scale", scale)
         _cast_factors(layer, self._dtype)
-        # As below: one launch compiles the transform, and vLLM's product is compiled already.
-        _warm_up(self, layer, packed.shape, packed.shape[1], self._dtype, tokens=1)
+        _warm_up(self, layer, packed.shape, packed.shape[1], self._dtype, self._tokens)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scale = self._kron_quant(

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _compat
+from . import _compat, fusion
 from ._compat import (
     Attention,
     Deployment,
@@ -103,6 +103,8 @@ class FlatQuantConfig(QuantizationConfig):
             _compat.logger.info(
                 "FlatQuant %s: %s backend (%s)", self.spec.scheme, self.backend.name, self.backend.reason
             )
+            if fusion.active(self.backend.name, self.spec.activations.bits):
+                fusion.install()
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, Attention):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _compat
+from . import _compat, fusion
 from ._compat import (
     BasevLLMParameter,
     ChannelQuantScaleParameter,
@@ -76,6 +76,10 @@ class FlatQuantLinearMethod(LinearMethodBase):
             ),
             params_dtype,
         )
+        bits = self._spec.activations.bits
+        self._fusion = None
+        if fusion.active(self._backend, bits):
+            self._fusion = fusion.WarmUp(self._site.name, bits, params_dtype, _compat.token_limit())
         self._expected = ExpectedTensors(prefix)
         self._deployment = _compat.deployment()
 
@@ -172,6 +176,8 @@ class FlatQuantLinearMethod(LinearMethodBase):
         packed, scale = layer.weight_packed.data, layer.weight_scale.data
         del layer.weight_packed, layer.weight_scale, self._expected
         self._runtime.process(layer, packed, scale)
+        if self._fusion is not None:
+            self._fusion.run(layer)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., K] -> [..., N] in x's dtype; on this rank's part of K and N."""

@@ -44,12 +44,16 @@ def engine_config(folder: Path, **options: Any) -> Any:
 
 def load_model(folder: Path, device: str = "cpu", **options: Any) -> nn.Module:
     """The vLLM model in ``folder`` on ``device`` with its weights loaded and processed."""
+    return load_configured(engine_config(folder, **options), device)
+
+
+def load_configured(config: Any, device: str = "cpu") -> nn.Module:
+    """``load_model`` for a VllmConfig."""
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
     from vllm.utils.torch_utils import set_default_torch_dtype
 
-    config = engine_config(folder, **options)
     start_single_process()
     with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
         with torch.device(device):

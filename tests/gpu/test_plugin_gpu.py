@@ -23,6 +23,8 @@ from ..cpu.vllm_model import load_model
 vllm_flatquant.register()
 SCHEMES = {"w4a4": (4, None), "w4a8": (8, None), "w4a16": (16, None), "w4a16-g32": (16, 32)}
 ROOT = Path(__file__).parents[2]
+# Two layers: two norms and one activation in each, and o_proj, which follows attention.
+FUSED_LINE = "4 RMSNorm and 2 SiLU*mul fused with the transform after them, 2 transforms on their own"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,30 +50,42 @@ def test_layers_follow_the_references(tmp_path, scheme, shards, dtype):
             assert error < 0.01, f"{site.name}: {error:.4f}"
 
 
-@pytest.mark.parametrize("kv_bits", [16, 8, 4])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_engine_follows_the_reference(tmp_path, bits, kv_bits):
-    """Compiled and with CUDA graphs. W4A4 of a random model is too sensitive to bf16 for any bound."""
-    recipe = Recipe(bits=bits, k_bits=kv_bits, v_bits=kv_bits, shards=2, dtype=torch.bfloat16)
-    write_checkpoint(tmp_path, recipe)
-    torch.manual_seed(1)
-    prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (24, 7, 40)]
-    out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "tests/cpu/engine_script.py"), str(tmp_path), str(out)]
+def run_engine(folder, prompts, **environment):
+    """Results and log of an engine in a process of its own, compiled and with CUDA graphs, from empty caches."""
+    out = folder / "out.json"
+    command = [sys.executable, str(ROOT / "tests/cpu/engine_script.py"), str(folder), str(out)]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    caches = {name: str(folder / name) for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
+    environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | caches
     done = subprocess.run(
         [*command, "--dtype=bfloat16", "--gpu-memory-utilization=0.2"],
         input=json.dumps(prompts),
-        env=environment,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "triton backend (CUDA device" in done.stdout + done.stderr
+    log = done.stdout + done.stderr
+    assert done.returncode == 0, log
+    assert "triton backend (CUDA device" in log
+    return json.loads(out.read_text(encoding="utf-8")), log
+
+
+def random_prompts():
+    torch.manual_seed(1)
+    return [torch.randint(2, VOCAB, (n,)).tolist() for n in (24, 7, 40)]
+
+
+@pytest.mark.parametrize("kv_bits", [16, 8, 4])
+@pytest.mark.parametrize("bits", [8, 16])
+def test_engine_follows_the_reference(tmp_path, bits, kv_bits):
+    """W4A4 of a random model is too sensitive to bf16 for any bound."""
+    recipe = Recipe(bits=bits, k_bits=kv_bits, v_bits=kv_bits, shards=2, dtype=torch.bfloat16)
+    write_checkpoint(tmp_path, recipe)
+    prompts = random_prompts()
+    answers, log = run_engine(tmp_path, prompts)
+    assert (FUSED_LINE in log) == (bits < 16)
     reference = load_reference(tmp_path, dtype=torch.bfloat16)
-    answers = json.loads(out.read_text(encoding="utf-8"))
     for ids, answer in zip(prompts, answers, strict=True):
         whole = torch.tensor([ids + answer["tokens"]])
         with torch.inference_mode():
@@ -81,3 +95,17 @@ def test_engine_follows_the_reference(tmp_path, bits, kv_bits):
         top = logprobs[len(ids) - 1 : -1].topk(2)
         clear = top.values[:, 0] - top.values[:, 1] > 0.5
         assert torch.equal(torch.tensor(answer["tokens"])[clear], top.indices[:, 0][clear])
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Qwen3"])
+def test_fusion_changes_speed_only(tmp_path, architecture):
+    """Prompt log-probabilities with and without fused kernels, which round at other places, are close."""
+    recipe = Recipe(architecture, bits=8, shards=2, dtype=torch.bfloat16)
+    prompts, results = random_prompts(), []
+    for switch in ("1", "0"):
+        folder = tmp_path / switch
+        write_checkpoint(folder, recipe)
+        answers, log = run_engine(folder, prompts, VLLM_FLATQUANT_FUSION=switch)
+        assert ("FlatQuant fusion" in log) == (FUSED_LINE in log) == (switch == "1")
+        results.append(torch.cat([torch.tensor(answer["logprobs"][1:]) for answer in answers]))
+    assert (results[0] - results[1]).abs().mean() < 0.15
