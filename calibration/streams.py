@@ -1,13 +1,68 @@
 """Calibration activations: the full-precision stream and the stream of the quantized prefix."""
 
+import os
 from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .errors import UserError
 from .source import ModelSource
+
+
+FULL, QUANTIZED = "full.npy", "quantized.npy"
+"""Files of the two streams in the folder of the stage whose output they are."""
+
+
+@dataclass
+class Streams:
+    """What the next block reads: float32 activations of the full-precision model [N, T, hidden], and of the
+    quantized prefix [N, T, hidden], or [1, T, hidden] where no rounding needs them.
+    """
+
+    full: Tensor
+    quantized: Tensor
+
+
+def new_stream(file: Path, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """An uninitialized float32 tensor for a stream: on the CPU a memory-mapped ``file``, which the system may
+    keep on the disk alone; on a GPU in its memory. The disk space is taken now, so that a full disk is an
+    OSError here."""
+    if device.type != "cpu":
+        return torch.empty(shape, device=device)
+    mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    number = os.open(file, os.O_RDWR)
+    try:
+        os.posix_fallocate(number, 0, os.fstat(number).st_size)
+    finally:
+        os.close(number)
+    return torch.from_numpy(mapped)
+
+
+def store_stream(file: Path, stream: Tensor) -> None:
+    """Write a stream to ``file`` unless ``new_stream`` mapped it there."""
+    if not file.exists():
+        new_stream(file, tuple(stream.shape), torch.device("cpu")).copy_(stream)
+
+
+def read_streams(folder: Path, device: torch.device) -> Streams:
+    """The streams stored in ``folder``, on ``device``, memory-mapped if that is the CPU."""
+
+    def read(name: str) -> Tensor:
+        return torch.from_numpy(np.load(folder / name, mmap_mode="r+")).to(device)
+
+    full = read(FULL)
+    return Streams(full, read(QUANTIZED) if (folder / QUANTIZED).exists() else full)
+
+
+def drop_streams(folder: Path) -> None:
+    """Remove the streams from a stage's folder."""
+    for name in (FULL, QUANTIZED):
+        (folder / name).unlink(missing_ok=True)
 
 
 class _Recorder(nn.Module):
@@ -33,9 +88,10 @@ class _Stop(Exception):
 
 
 def record_inputs(
-    source: ModelSource, tokens: Tensor, device: torch.device
+    source: ModelSource, tokens: Tensor, device: torch.device, out: Tensor | None = None
 ) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Input of the first block, float32 [N, T, hidden] on the CPU, and every block's other arguments.
+    """Input of the first block, float32 [N, T, hidden] on the CPU or in ``out``, and every block's other
+    arguments.
 
     tokens: int64 [N, T]. The arguments (masks, RoPE tables) are those of one row; they broadcast.
     """
@@ -48,7 +104,9 @@ def record_inputs(
             f"token ids run from {int(tokens.min())} to {int(tokens.max())} but the model's vocabulary has "
             f"{embedding.shape[0]} entries; tokenize with this model's tokenizer"
         )
-    hidden = embedding[tokens].float()
+    hidden = torch.empty(*tokens.shape, embedding.shape[1]) if out is None else out
+    for i, row in enumerate(tokens):
+        hidden[i] = embedding[row]
     model.model.layers = nn.ModuleList(recorders)
     model.model.rotary_emb.to(device)
     try:
@@ -68,10 +126,15 @@ def batches(x: Tensor, size: int, device: torch.device) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def run_block(
-    layer: nn.Module, x: Tensor, kwargs: dict[str, Any], batch_size: int, device: torch.device
+    layer: nn.Module,
+    x: Tensor,
+    kwargs: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The layer's output for every row of ``x`` [N, T, hidden], on x's device."""
-    out = torch.empty_like(x)
+    """The layer's output for every row of ``x`` [N, T, hidden], on x's device or in ``out``."""
+    out = torch.empty_like(x) if out is None else out
     for i, batch in enumerate(batches(x, batch_size, device)):
         out[i * batch_size : i * batch_size + len(batch)] = layer(batch, **kwargs)
     return out

@@ -29,8 +29,10 @@ def collect_stats(
     kwargs: dict[str, Any],
     batch_size: int,
     device: torch.device,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Stats]:
-    """Full-precision output of the block for x [N, T, hidden], and the channel maxima of its inputs."""
+    """Full-precision output of the block for x [N, T, hidden], in ``out`` if given, and the channel maxima of
+    its inputs."""
     amax: dict[str, Tensor] = {}
 
     def watch(name: str):
@@ -46,7 +48,7 @@ def collect_stats(
         for name, place in places.items()
     ]
     try:
-        out = run_block(layer, x, kwargs, batch_size, device)
+        out = run_block(layer, x, kwargs, batch_size, device, out)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,0 +1,180 @@
+"""The folder beside a run's output: each finished stage appears in it by one rename, so none is ever half there.
+
+``.NAME.partial`` holds ``run.json`` (what is being done, to what), ``lock``, and a folder for each finished stage:
+``inputs``, ``block-00000``, ``block-00001``, ..., and at the end ``checkpoint``, which becomes the output. A
+stage that is being worked on has the suffix ``.tmp``. Whoever opens the folder holds its lock.
+"""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from typing_extensions import Self
+
+from .errors import UserError
+
+INPUTS, CHECKPOINT = "inputs", "checkpoint"
+_RUN, _LOCK, _PUBLISHED, _OLD, _TMP = "run.json", "lock", "published", "old", ".tmp"
+
+
+def check_out(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """UserError unless ``out`` is free, empty, or may be overwritten, and does not hold ``source``."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder to --out")
+    if not out.name or (source is not None and source.resolve().is_relative_to(out)):
+        raise UserError(f"--out {out} is or holds the model that is read; choose another folder")
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
+
+
+def staging_folder(out: Path) -> Path:
+    """Where a run to ``out`` keeps its finished stages."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def block_stage(index: int) -> str:
+    """Name of a block's stage."""
+    return f"block-{index:05d}"
+
+
+def read_run(out: Path) -> str | None:
+    """run.json of the interrupted run to ``out``, None if there is none."""
+    file = staging_folder(out) / _RUN
+    return file.read_text(encoding="utf-8") if file.is_file() else None
+
+
+class Staging:
+    """A locked staging folder, as a context manager. ``out`` is resolved (links followed) by the caller.
+
+    Leaving it removes the folder unless a block is finished. Raises UserError if another run holds it.
+    """
+
+    def __init__(self, out: Path):
+        self.out, self.folder = out, staging_folder(out)
+        self._lock = -1
+
+    def __enter__(self) -> Self:
+        while self._lock < 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                if any(self.folder.iterdir()) and not (self.folder / _LOCK).exists():
+                    raise UserError(
+                        f"{self.folder} is in the way and holds no interrupted run; move it or choose another --out"
+                    )
+                self._lock = self._take_lock()
+            except FileNotFoundError:
+                continue  # the run before removed it between two of these lines
+            except OSError as error:
+                raise UserError(
+                    f"{self.out} cannot be made ({error.strerror}); choose another --out"
+                ) from None
+        for leftover in self.folder.glob(f"*{_TMP}"):
+            remove(leftover)
+        if (self.folder / _OLD).exists() and not self.out.exists():
+            (self.folder / _OLD).rename(self.out)  # stopped between the two renames of ``publish``
+        return self
+
+    def _take_lock(self) -> int:
+        """The lock's file descriptor, or -1 if the file was replaced meanwhile."""
+        file = self.folder / _LOCK
+        lock = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.stat().st_ino == os.fstat(lock).st_ino:
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            raise UserError(
+                f"another run is writing {self.out} now; wait for it or choose another --out"
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(lock)
+        return -1
+
+    def __exit__(self, *_: object) -> None:
+        if not self.finished_blocks():
+            self.remove()
+        os.close(self._lock)
+
+    def remove(self) -> None:
+        """Remove everything, the folder too."""
+        (self.folder / _RUN).unlink(missing_ok=True)  # first: without it the rest is no interrupted run
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove everything but the lock."""
+        (self.folder / _RUN).unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.name != _LOCK:
+                remove(entry)
+
+    def write_run(self, text: str) -> None:
+        """Replace run.json in one step."""
+        temporary = self.folder / f"{_RUN}{_TMP}"
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        temporary.rename(self.folder / _RUN)
+
+    def has(self, stage: str) -> bool:
+        """Whether a stage is finished."""
+        return (self.folder / stage).is_dir()
+
+    def finished_blocks(self) -> int:
+        """How many blocks are finished, counted from the first."""
+        count = 0
+        while self.has(block_stage(count)):
+            count += 1
+        return count
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Path]:
+        """An empty folder to fill. It takes its place when the ``with`` block ends, and goes if that fails."""
+        work, done = self.folder / f"{name}{_TMP}", self.folder / name
+        remove(done)
+        work.mkdir()
+        try:
+            yield work
+            for file in work.iterdir():
+                sync(file)
+            sync(work)
+            work.rename(done)
+            sync(self.folder)
+        except BaseException:
+            remove(work)
+            raise
+
+    def publish(self, overwrite: bool) -> Path:
+        """Move the finished checkpoint to ``out`` and remove the staging folder."""
+        check_out(self.out, overwrite)  # something may have appeared there meanwhile
+        (self.folder / _PUBLISHED).touch()
+        if self.out.exists():
+            remove(self.folder / _OLD)
+            self.out.rename(self.folder / _OLD)
+        (self.folder / CHECKPOINT).rename(self.out)
+        self.remove()
+        return self.out
+
+    def is_published(self) -> bool:
+        """Whether ``publish`` was stopped after its last rename: nothing is left to do but to remove."""
+        return (self.folder / _PUBLISHED).exists() and not self.has(CHECKPOINT)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
