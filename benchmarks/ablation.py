@@ -31,10 +31,9 @@ from vllm_flatquant.calibration.evaluate import perplexity, windows
 from vllm_flatquant.calibration.quantize import (
     choose_device,
     make_spec,
-    peak_memory,
-    quantize_block,
     stream_device,
 )
+from vllm_flatquant.calibration.quantize_block import peak_memory, quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import install_block
 from vllm_flatquant.calibration.source import ModelSource, meta_model
@@ -91,8 +90,7 @@ def run_blocks(job: dict[str, Any]) -> float:
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed)
     x, kwargs = record_inputs(source, tokens, device)
-    x = x.to(stream_device(x, device))
-    x_q = x.clone() if recipe.follows_quantized else x[:1].clone()
+    x_q = x = x.to(stream_device(recipe, source, device))
     for i in range(source.num_blocks):
         x, x_q, tensors, _ = quantize_block(source, i, recipe, spec, x, x_q, kwargs[i], device)
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, block_file(job, i))

@@ -1,56 +1,61 @@
-"""The pipeline: blocks one by one, train, fold, round, export."""
+"""The pipeline: inputs, blocks one by one, checkpoint; each stage is finished or absent."""
 
 import json
-import resource
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from ..kernels.pack import packing_step
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
-from .block import TrainableBlock, check_shards
+from .block import check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
-from .endtoend import LATENT, DistillReport, distill, distill_tokens, finished_hidden
+from .endtoend import distill, distill_tokens, finished_hidden
 from .errors import UserError
-from .export import CheckpointWriter, check_out
+from .export import (
+    DISTILLED,
+    OTHERS,
+    build_checkpoint,
+    save_others,
+    save_tensors,
+    write_side_files,
+    write_text,
+)
 from .factors import factor_pair
-from .fold import fold_block
-from .learned_rotation import rotate_source
+from .fingerprint import (
+    Run,
+    check_recipe,
+    check_same,
+    environment,
+    interrupted_run,
+    other_bits,
+    scan_weights,
+    text_digest,
+    token_digest,
+)
+from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
-from .round_block import RoundingReport, round_block
-from .source import GOLDEN, ModelSource
-from .streams import record_inputs, run_block
-from .train import collect_stats, train_block
+from .source import GOLDEN, ModelSource, WeightFiles
+from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out
+from .streams import (
+    FULL,
+    QUANTIZED,
+    drop_streams,
+    new_stream,
+    read_streams,
+    record_inputs,
+    store_stream,
+)
 
 GOLDEN_TOKENS = 64
 GOLDEN_TOP = 8
-ERROR_ROWS = 16
-"""Rows on which a block's error is measured before and after."""
-
-
-@dataclass
-class BlockReport:
-    """One line of calibration_log.jsonl. Errors and losses are mean squared, against the
-    full-precision block; a loss is that of one training epoch."""
-
-    block: int
-    blocks: int
-    error_before: float
-    error_after: float
-    epoch_losses: list[float]
-    skipped_steps: int
-    rounding: dict[str, RoundingReport]
-    seconds: float
-    peak_memory_gb: float
 
 
 def choose_device(device: str) -> torch.device:
@@ -115,6 +120,21 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     )
 
 
+def _ignore(*_: object) -> None: ...
+
+
+@dataclass
+class Callbacks:
+    """What a run tells while it works.
+
+    progress: of the stage ``check`` (of the weight files), ``quantize`` or ``distill``, the finished fraction.
+    """
+
+    block: Callable[[BlockReport], None] = _ignore
+    progress: Callable[[str, float], None] = _ignore
+    note: Callable[[str], None] = _ignore
+
+
 def quantize(
     model: str | Path,
     out: str | Path,
@@ -122,177 +142,234 @@ def quantize(
     calib: str = "stdlib",
     device: str = "auto",
     overwrite: bool = False,
-    on_block: Callable[[BlockReport], None] | None = None,
-    on_progress: Callable[[float], None] | None = None,
+    callbacks: Callbacks | None = None,
+    resume: bool = False,
 ) -> Path:
     """Quantize a Hugging Face model into a checkpoint folder that vLLM serves.
 
-    model: folder or hub name. out: folder to make. calib: see ``calibration_tokens``. on_block is called
-    after each block, on_progress with the finished fraction of the whole.
-    Returns ``out``. Raises UserError for bad input, and leaves nothing half-written.
+    model: folder or hub name. out: folder to make. calib: see ``calibration_tokens``. resume: go on with the
+    interrupted run to ``out``, which must have been of the same model, recipe, tokens and device.
+    Returns ``out``. Raises UserError for bad input. Finished blocks stay in the staging folder if anything
+    goes wrong after them; before the first block nothing stays.
     """
+    tell = callbacks or Callbacks()
     out = Path(out).resolve()
     where = choose_device(device)
-    check_out(out, overwrite)
+    before = interrupted_run(out) if resume else None
+    if before:
+        check_recipe(out, before.recipe, recipe)
+    else:
+        check_out(out, overwrite)
     source = ModelSource(model)
-    check_out(out, overwrite, source.path)
+    check_out(out, overwrite or resume, source.path)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
-    source = rotate_source(source, recipe, tokens, where)
-    reports: list[BlockReport] = []
-    finished: list[dict[str, Tensor]] = []
+    with Staging(out) as staging, explained(out, staging):
+        run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
+        begin(staging, run, before, tell)
+        if not staging.is_published():
+            if not staging.has(CHECKPOINT):
+                run_stages(staging, source, run, spec, tokens, where, tell)
+            staging.publish(run.overwrite)
+        else:
+            staging.remove()
+    return out
+
+
+def describe_run(
+    model: str | Path,
+    calib: str,
+    device: torch.device,
+    overwrite: bool,
+    recipe: Recipe,
+    source: ModelSource,
+    tokens: Tensor,
+    before: Run | None,
+    tell: Callbacks,
+) -> Run:
+    """This run as its staging folder remembers it, after reading every weight that is not as ``before``."""
+    known = before.weights if before else {}
+    tell.progress("check", 0.0)
+    return Run(
+        model=str(Path(model).resolve()) if Path(model).exists() else str(model),
+        calib=str(Path(calib).resolve()) if Path(calib).is_file() else calib,
+        device=device.type,
+        overwrite=overwrite,
+        recipe=recipe,
+        weights=scan_weights(source.files.shards, known, lambda done: tell.progress("check", done)),
+        config=text_digest(source.raw_config),
+        tokens=token_digest(tokens),
+        environment=environment(device),
+    )
+
+
+def begin(staging: Staging, run: Run, before: Run | None, tell: Callbacks) -> None:
+    """Go on with the interrupted run ``before``, or make the staging folder ready for a new one; UserError
+    if the two do not agree, or if nobody decided what to do with finished blocks."""
+    if before:
+        check_same(staging.out, before, run)
+        other = other_bits(before, run)
+        if other:
+            tell.note(f"the last bits can differ from an uninterrupted run: {other}")
+        run.overwrite = run.overwrite or before.overwrite
+        check_out(staging.out, run.overwrite or staging.is_published())
+    else:
+        staging.start_over(run.overwrite)
+    staging.write_run(run.model_dump_json(indent=2) + "\n")
+
+
+def run_stages(
+    staging: Staging,
+    source: ModelSource,
+    run: Run,
+    spec: FlatQuantSpec,
+    tokens: Tensor,
+    device: torch.device,
+    tell: Callbacks,
+) -> None:
+    """Every stage that is not finished yet, in order: inputs, other tensors, blocks, distillation, checkpoint.
+
+    Each fills a folder that ``staging`` shows complete or not at all; its tensors-*.safetensors go into the
+    checkpoint.
+    """
+    recipe, blocks = run.recipe, source.num_blocks
+    done = staging.finished_blocks()
+    kwargs = prepare_inputs(staging, source, tokens, device, write=done == 0)
+    if not staging.has(OTHERS):
+        with staging.stage(OTHERS) as folder:
+            save_others(folder, source)
+    x, x_q = read_streams(staging.folder / streams_stage(done), stream_device(recipe, source, device))
+    for i in range(done, blocks):
+        with staging.stage(block_stage(i)) as folder, seeded(recipe.seed * 1009 + i, device):
+            x, x_q, tensors, report = quantize_block(
+                source, i, recipe, spec, x, x_q, kwargs[i], device, folder
+            )
+            save_block(folder, source.block_prefix(i), x, x_q, tensors, report)
+        drop_streams(staging.folder / streams_stage(i))
+        tell.block(report)
+        tell.progress("quantize", (i + 1) / blocks)
+    if recipe.distill_epochs:
+        if not staging.has(DISTILLED):
+            with staging.stage(DISTILLED) as folder, seeded(recipe.seed * 1009 + blocks, device):
+                distill_blocks(folder, staging, source, recipe, spec, tokens, device, tell)
+        x_q = read_streams(staging.folder / DISTILLED, device)[1]
+    with staging.stage(CHECKPOINT) as folder:
+        build_checkpoint(folder, staging, blocks)
+        write_documents(folder, staging, source, run, spec)
+        prompt = golden(source, WeightFiles(folder), tokens[0], x_q[0], device)
+        save_file(prompt, folder / GOLDEN)
+
+
+def distill_blocks(
+    folder: Path,
+    staging: Staging,
+    source: ModelSource,
+    recipe: Recipe,
+    spec: FlatQuantSpec,
+    tokens: Tensor,
+    device: torch.device,
+    tell: Callbacks,
+) -> None:
+    """The last, end-to-end stage: its tensors take the place of those of the blocks."""
+    done = [
+        load_block(staging.folder / block_stage(i), source.block_prefix(i))
+        for i in range(source.num_blocks)
+    ]
+    text = distill_tokens(source, tokens, recipe, device)
+    finished, others, report = distill(
+        source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
+    )
+    for i, tensors in enumerate(finished):
+        save_tensors(folder, {source.block_prefix(i) + n: t for n, t in tensors.items()}, i)
+    save_tensors(folder, others, source.num_blocks)
+    x_q = finished_hidden(source, finished, tokens[:1], spec, device)
+    store_stream(folder / QUANTIZED, x_q)
+    write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
+
+
+def streams_stage(done: int) -> str:
+    """The stage whose output the block ``done`` reads."""
+    return block_stage(done - 1) if done else INPUTS
+
+
+def prepare_inputs(
+    staging: Staging, source: ModelSource, tokens: Tensor, device: torch.device, write: bool
+) -> list[dict[str, Any]]:
+    """The arguments of every block beside its input; with ``write`` also the stage that holds the first
+    block's input."""
+    if not write:
+        return record_inputs(source, tokens[:1], device)[1]
+    with staging.stage(INPUTS) as folder:
+        shape = (*tokens.shape, source.config.hidden_size)
+        x = new_stream(folder / FULL, shape, torch.device("cpu"))
+        return record_inputs(source, tokens, device, x)[1]
+
+
+def write_documents(
+    folder: Path, staging: Staging, source: ModelSource, run: Run, spec: FlatQuantSpec
+) -> None:
+    """config.json, tokenizer, recipe, log and model card."""
+    config = {k: v for k, v in source.raw_config.items() if k != "_name_or_path"}  # a local path
+    write_side_files(folder, source.path, config, spec)
+    model, calib = public_name(run.model), public_name(run.calib)
+    write_text(folder / "recipe.yaml", run.recipe.to_yaml(calib))
+    stages = [*map(block_stage, range(source.num_blocks)), DISTILLED]
+    reports = [staging.folder / stage / REPORT for stage in stages if staging.has(stage)]
+    write_text(folder / "calibration_log.jsonl", "".join(r.read_text(encoding="utf-8") for r in reports))
+    write_text(folder / "README.md", model_card(source.path, model, spec, run.recipe, calib))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """PyTorch's global random numbers start from ``seed`` inside and are what they were outside: no stage
+    depends on those before it."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def explained(out: Path, staging: Staging) -> Iterator[None]:
+    """Errors of the file system as one sentence; every error says which blocks are kept."""
     try:
-        with CheckpointWriter(out, overwrite) as writer:
-            x, kwargs = record_inputs(source, tokens, where)
-            x = x.to(stream_device(x, where))
-            x_q = x.clone() if recipe.follows_quantized else x[:1].clone()
-            for i in range(source.num_blocks):
-                start = time.monotonic()
-                x, x_q, tensors, report = quantize_block(
-                    source, i, recipe, spec, x, x_q, kwargs[i], where
-                )
-                report.seconds = time.monotonic() - start
-                finished.append(tensors)
-                if not recipe.distill_epochs:
-                    writer.add({source.block_prefix(i) + n: t for n, t in finished.pop().items()})
-                reports.append(report)
-                if on_block:
-                    on_block(report)
-                if on_progress:
-                    on_progress((i + 1) / source.num_blocks)
-            others = {n: source.files.tensor(n) for n in source.other_names()}
-            log: list[BlockReport | DistillReport] = list(reports)
-            if recipe.distill_epochs:
-                text = distill_tokens(source, tokens, recipe, where)
-                finished, changed, last = distill(
-                    source, finished, text, recipe, spec, where, on_progress
-                )
-                others |= changed
-                log.append(last)
-                x_q = finished_hidden(source, finished, tokens[:1], spec, where)
-                for i, tensors in enumerate(finished):
-                    writer.add({source.block_prefix(i) + n: t for n, t in tensors.items()})
-            writer.add(others)
-            config = {k: v for k, v in source.raw_config.items() if k != "_name_or_path"}  # a local path
-            writer.write_side_files(source.path, config, spec)
-            writer.write_text("recipe.yaml", recipe.to_yaml(public_name(calib)))
-            writer.write_text(
-                "calibration_log.jsonl", "".join(json.dumps(asdict(r)) + "\n" for r in log)
-            )
-            (writer.folder / GOLDEN).write_bytes(save(golden(source, others, tokens[0], x_q[0], where)))
-            writer.write_text(
-                "README.md",
-                model_card(source.path, public_name(model), spec, recipe, public_name(calib)),
-            )
-            return writer.finish()
-    except (OSError, SafetensorError) as error:
+        yield
+    except (OSError, SafetensorError, UserError) as error:
+        done = staging.finished_blocks()
+        kept = f"; finished blocks are kept for --resume: {done}" if done else ""
+        if isinstance(error, UserError):
+            raise UserError(str(error) if "--resume" in str(error) else f"{error}{kept}") from None
         why = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
-        raise UserError(
-            f"{out} cannot be written ({why}); free space or choose another --out"
-        ) from error
+        fix = "free space" if done else "free space or choose another --out"
+        raise UserError(f"{out} cannot be written ({why}); {fix}{kept}") from error
 
 
-def stream_device(x: Tensor, device: torch.device) -> torch.device:
-    """Where activations live: the GPU if four streams take less than a quarter of it, else the CPU."""
+def stream_device(recipe: Recipe, source: ModelSource, device: torch.device) -> torch.device:
+    """Where activations live: the GPU if four streams take less than a quarter of it, else the CPU (mapped
+    files, so that the disk takes what memory cannot)."""
     if device.type != "cuda":
         return device
     total = torch.cuda.get_device_properties(device).total_memory
-    return device if 4 * x.numel() * x.element_size() < total / 4 else torch.device("cpu")
-
-
-def quantize_block(
-    source: ModelSource,
-    index: int,
-    recipe: Recipe,
-    spec: FlatQuantSpec,
-    x: Tensor,
-    x_q: Tensor,
-    kwargs: dict[str, Any],
-    device: torch.device,
-) -> tuple[Tensor, Tensor, dict[str, Tensor], BlockReport]:
-    """Quantize one block.
-
-    x: full-precision stream [N, T, hidden]. x_q: stream of the quantized prefix, [N or 1, T, hidden].
-    Returns both streams after the block, the block's checkpoint tensors by relative name, and the report.
-    """
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    size = recipe.batch_size
-    stored = source.block_tensors(index)
-    layer = source.load_block(index, device)
-    target, stats = collect_stats(layer, source.arch, x, kwargs, size, device)
-    if not torch.isfinite(target).all():
-        raise UserError(
-            f"block {index} gives NaN or inf on the calibration text; the model is damaged or its dtype "
-            "overflows"
-        )
-    block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
-    few = slice(0, min(ERROR_ROWS, len(x)))
-    before = block_error(layer, x[few], target[few], kwargs, size, device)
-    block.forget()
-    inputs = x_q if recipe.chain == "quantized" else x
-    trained = train_block(block, layer, inputs, target, kwargs, recipe, device)
-    folded = fold_block(block, stored)
-    finished = source.load_block(index, device)
-    tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
-    after = block_error(finished, x[few], target[few], kwargs, size, device)
-    x_q = run_block(finished, x_q, kwargs, size, device)
-    if recipe.distill_epochs:
-        tensors |= {n + LATENT: w.float() for n, w in folded.weights.items()}
-    report = BlockReport(
-        block=index,
-        blocks=source.num_blocks,
-        error_before=before,
-        error_after=after,
-        epoch_losses=trained.losses,
-        skipped_steps=trained.skipped,
-        rounding=rounding,
-        seconds=0.0,
-        peak_memory_gb=peak_memory(device),
-    )
-    return target, x_q, tensors, report
-
-
-def block_error(
-    layer: nn.Module,
-    x: Tensor,
-    target: Tensor,
-    kwargs: dict[str, Any],
-    batch_size: int,
-    device: torch.device,
-) -> float:
-    """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden]."""
-    return F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target).item()
-
-
-def peak_memory(device: torch.device) -> float:
-    """Peak memory in GB (10^9 bytes): of the GPU since the block began, or of this process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    stream = recipe.samples * recipe.seq_len * source.config.hidden_size * 4
+    return device if 4 * stream < total / 4 else torch.device("cpu")
 
 
 @torch.no_grad()
 def golden(
-    source: ModelSource,
-    others: dict[str, Tensor],
-    tokens: Tensor,
-    hidden: Tensor,
-    device: torch.device,
+    source: ModelSource, files: WeightFiles, tokens: Tensor, hidden: Tensor, device: torch.device
 ) -> dict[str, Tensor]:
     """A prompt and the finished model's top logits in float32, for ``flatquant inspect --verify``.
 
-    others: the checkpoint's tensors outside the blocks. tokens: int64 [T]. hidden: output of the last
-    finished block [T, hidden].
+    files: the checkpoint's weights. tokens: int64 [T]. hidden: output of the last finished block [T, hidden].
     Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
     """
-    model = source.model
     n = min(GOLDEN_TOKENS, len(tokens))
     base = source.arch.blocks.rpartition(".")[0]
-    norm = type(model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps).to(device)
-    norm.weight.copy_(others[f"{base}.norm.weight"])
-    head = "lm_head.weight" if "lm_head.weight" in others else f"{base}.embed_tokens.weight"
-    logits = norm(hidden[:n].to(device)) @ others[head].to(device, torch.float32).T
+    norm = type(source.model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps).to(
+        device
+    )
+    norm.weight.copy_(files.tensor(f"{base}.norm.weight"))
+    head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
+    logits = norm(hidden[:n].to(device)) @ files.tensor(head).to(device, torch.float32).T
     top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
     return {
         "input_ids": tokens[:n].clone(),

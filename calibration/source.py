@@ -96,7 +96,8 @@ class ModelSource:
         self, index: int, device: torch.device, dtype: torch.dtype = torch.float32
     ) -> nn.Module:
         """The decoder layer ``index`` with weights of ``dtype`` on ``device``; the model keeps none of it."""
-        layer = type(self.model.get_submodule(self.arch.blocks)[index])(self.config, index)
+        with torch.device("meta"):
+            layer = type(self.model.get_submodule(self.arch.blocks)[index])(self.config, index)
         state = {n: t.to(device, dtype) for n, t in self.block_tensors(index).items()}
         layer.load_state_dict(state, assign=True)
         return layer.requires_grad_(False).eval()
@@ -131,6 +132,11 @@ class WeightFiles:
     def names(self) -> list[str]:
         """Every tensor name, sorted."""
         return sorted(self.stored)
+
+    @property
+    def shards(self) -> list[Path]:
+        """The files, sorted."""
+        return sorted({Path(stored.file) for stored in self.stored.values()})
 
     def __contains__(self, name: str) -> bool:
         return name in self.stored

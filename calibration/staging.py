@@ -46,6 +46,14 @@ def read_run(out: Path) -> str | None:
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
+def finished_blocks(out: Path) -> int:
+    """How many blocks of a run to ``out`` are finished, counted from the first."""
+    folder, count = staging_folder(out), 0
+    while (folder / block_stage(count)).is_dir():
+        count += 1
+    return count
+
+
 class Staging:
     """A locked staging folder, as a context manager. ``out`` is resolved (links followed) by the caller.
 
@@ -105,8 +113,15 @@ class Staging:
         (self.folder / _RUN).unlink(missing_ok=True)  # first: without it the rest is no interrupted run
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def clear(self) -> None:
-        """Remove everything but the lock."""
+    def start_over(self, overwrite: bool) -> None:
+        """Remove everything but the lock; UserError if that would lose finished blocks and ``overwrite`` is not
+        given."""
+        done = self.finished_blocks()
+        if done and not overwrite:
+            raise UserError(
+                f"an interrupted run to {self.out} has {done} finished blocks; pass --resume to go on with it or "
+                "--overwrite to start again"
+            )
         (self.folder / _RUN).unlink(missing_ok=True)
         for entry in self.folder.iterdir():
             if entry.name != _LOCK:
@@ -125,10 +140,7 @@ class Staging:
 
     def finished_blocks(self) -> int:
         """How many blocks are finished, counted from the first."""
-        count = 0
-        while self.has(block_stage(count)):
-            count += 1
-        return count
+        return finished_blocks(self.out)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Path]:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,15 @@ from torch import Tensor, nn
 from .errors import UserError
 from .source import ModelSource
 
-
 FULL, QUANTIZED = "full.npy", "quantized.npy"
 """Files of the two streams in the folder of the stage whose output they are."""
 
 
-@dataclass
-class Streams:
-    """What the next block reads: float32 activations of the full-precision model [N, T, hidden], and of the
-    quantized prefix [N, T, hidden], or [1, T, hidden] where no rounding needs them.
-    """
-
-    full: Tensor
-    quantized: Tensor
-
-
-def new_stream(file: Path, shape: tuple[int, ...], device: torch.device) -> Tensor:
+def new_stream(file: Path | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """An uninitialized float32 tensor for a stream: on the CPU a memory-mapped ``file``, which the system may
-    keep on the disk alone; on a GPU in its memory. The disk space is taken now, so that a full disk is an
-    OSError here."""
-    if device.type != "cpu":
+    keep on the disk alone; on a GPU, or without a file, in memory. The disk space is taken now, so that a full
+    disk is an OSError here."""
+    if file is None or device.type != "cpu":
         return torch.empty(shape, device=device)
     mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     number = os.open(file, os.O_RDWR)
@@ -49,14 +37,16 @@ def store_stream(file: Path, stream: Tensor) -> None:
         new_stream(file, tuple(stream.shape), torch.device("cpu")).copy_(stream)
 
 
-def read_streams(folder: Path, device: torch.device) -> Streams:
-    """The streams stored in ``folder``, on ``device``, memory-mapped if that is the CPU."""
+def read_streams(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The streams stored in ``folder``, on ``device``, memory-mapped if that is the CPU; one that is not there is
+    the other."""
 
-    def read(name: str) -> Tensor:
-        return torch.from_numpy(np.load(folder / name, mmap_mode="r+")).to(device)
+    def read(file: Path) -> Tensor:
+        return torch.from_numpy(np.load(file, mmap_mode="r+")).to(device)
 
-    full = read(FULL)
-    return Streams(full, read(QUANTIZED) if (folder / QUANTIZED).exists() else full)
+    full, quantized = folder / FULL, folder / QUANTIZED
+    x = read(full if full.exists() else quantized)
+    return x, read(quantized) if full.exists() and quantized.exists() else x
 
 
 def drop_streams(folder: Path) -> None:

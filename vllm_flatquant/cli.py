@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -20,11 +20,14 @@ app = typer.Typer(
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="folder or Hugging Face name of the unquantized model")],
     out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint folder to make")],
+    model: Annotated[
+        str | None, typer.Argument(help="folder or Hugging Face name of the unquantized model")
+    ] = None,
     recipe: Annotated[
-        str, typer.Option(help="a name that `flatquant recipes` lists, or a YAML file")
-    ] = "flatquant-w4a4",
+        str | None,
+        typer.Option(help="a name that `flatquant recipes` lists, or a YAML file [flatquant-w4a4]"),
+    ] = None,
     scheme: Annotated[str | None, typer.Option(help="w4a4, w4a8 or w4a16 [recipe]")] = None,
     kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq [recipe]")] = None,
@@ -35,8 +38,8 @@ def quantize(
         int | None, typer.Option(help="tensor-parallel sizes that divide this can serve [recipe]")
     ] = None,
     preset: Annotated[
-        str, typer.Option(help="default, or quick (reduced: for trying things out)")
-    ] = "default",
+        str | None, typer.Option(help="default, or quick (reduced: for trying things out)")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="calibration rows [preset or recipe]")] = None,
     seq_len: Annotated[int | None, typer.Option(help="tokens per row [preset or recipe]")] = None,
     epochs: Annotated[
@@ -49,16 +52,22 @@ def quantize(
     device: DeviceOption = "auto",
     seed: Annotated[int | None, typer.Option(help="of every random choice [recipe]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a folder that is not empty")
+        bool, typer.Option("--overwrite", help="replace a folder that is not empty; start again")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="go on with an interrupted run; it knows all other settings"),
     ] = False,
 ) -> None:
     """Turn a model into a 4-bit checkpoint, block by block."""
-    from .calibration.recipe import PRESETS
-    from .calibration.recipes import choose_recipe
-    from .tools.progress import quantize_with_progress
+    from .calibration.fingerprint import interrupted_run
+    from .calibration.recipe import PRESETS, make_recipe
+    from .calibration.recipes import DEFAULT, choose_recipe
+    from .tools.progress import quantize_with_progress, what_is_kept
 
-    if preset not in PRESETS:
+    if preset not in (None, *PRESETS):
         fail(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
+    before = interrupted_run(out.resolve()) if resume else None
     given = {
         "scheme": scheme.lower() if scheme else None,
         "kv": kv,
@@ -70,29 +79,34 @@ def quantize(
         "epochs": epochs,
         "seed": seed,
     }
-    chosen = choose_recipe(
-        recipe, **{**PRESETS[preset], **{k: v for k, v in given.items() if v is not None}}
-    )
-    settings = chosen.recipe
+    changed = {**PRESETS[preset or "default"], **{k: v for k, v in given.items() if v is not None}}
+    if before and recipe is None:
+        settings = make_recipe(**{**before.recipe.model_dump(), **changed})
+    else:
+        chosen = choose_recipe(recipe or DEFAULT, **changed)
+        settings, calib = chosen.recipe, calib or chosen.calib
+    if before:
+        model, calib = model or before.model, calib or before.calib
+        device = before.device if device == "auto" else device
+    if model is None:
+        fail("Missing argument 'MODEL': the folder or Hugging Face name of the unquantized model")
     if preset == "quick":
         print(
             f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens and "
             f"{settings.epochs} epochs; use --preset default for accuracy"
         )
     try:
-        quantize_with_progress(
-            model, out, settings, calib or chosen.calib or "stdlib", device, overwrite
-        )
-    except KeyboardInterrupt:
-        print("flatquant: interrupted; nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
+        quantize_with_progress(model, out, settings, calib or "stdlib", device, overwrite, resume)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        print(f"flatquant: interrupted; {what_is_kept(out)}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
 
 
 for name, command in COMMANDS.items():
     app.command(name=name)(command)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Print one sentence and leave with status 1."""
     print(f"flatquant: {message}", file=sys.stderr)
     raise SystemExit(1)

@@ -15,7 +15,7 @@ from tiny_model import edit_config, edit_weights
 
 from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.errors import UserError
-from vllm_flatquant.calibration.quantize import quantize
+from vllm_flatquant.calibration.quantize import Callbacks, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 
 
@@ -23,7 +23,7 @@ from vllm_flatquant.calibration.recipe import make_recipe
 def refuses(run, tmp_path, model, calib):
     """Check that `flatquant quantize` refuses with a message holding every given part."""
 
-    def check(*parts, options=(), source=None, tokens=None):
+    def check(*parts, options=(), source=None, tokens=None, leaves=()):
         out = tmp_path / "out"
         before = sorted(p.name for p in tmp_path.iterdir())
         status, _, err = run(
@@ -36,7 +36,7 @@ def refuses(run, tmp_path, model, calib):
         assert "Traceback" not in err
         for part in parts:
             assert part in lines[0], lines[0]
-        assert sorted(p.name for p in tmp_path.iterdir()) == before
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, *leaves])
 
     return check
 
@@ -157,7 +157,7 @@ def test_nan_in_activations(refuses, model):
         tensors["model.layers.1.mlp.down_proj.weight"] *= 1e30
 
     edit_weights(model, overflow)
-    refuses("block 1", "NaN or inf")
+    refuses("block 1", "NaN or inf", "kept for --resume: 1", leaves=[".out.partial"])
 
 
 def test_token_ids_outside_the_vocabulary(refuses, calib):
@@ -308,9 +308,12 @@ def test_another_run_finished_there_first(model, calib, tmp_path):
         (tmp_path / "q" / "theirs.txt").write_text("keep")
 
     recipe = make_recipe(samples=4, seq_len=24, epochs=0)
-    with pytest.raises(UserError, match="not empty"):
-        quantize(model, tmp_path / "q", recipe, str(calib), "cpu", on_block=appear)
+    arguments = (model, tmp_path / "q", recipe, str(calib), "cpu")
+    with pytest.raises(UserError, match="not empty.*kept for --resume: 2"):
+        quantize(*arguments, callbacks=Callbacks(block=appear))
     assert [p.name for p in (tmp_path / "q").iterdir()] == ["theirs.txt"]
+    quantize(*arguments, overwrite=True, resume=True)
+    assert (tmp_path / "q" / "config.json").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "model", "q"]
 
 

@@ -9,6 +9,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from tiny_model import ARCHITECTURES, make_model, random_tokens
 
+from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
@@ -153,9 +154,7 @@ def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path, calib):
 
 
 def test_shards_split_into_files(tmp_path, calib, monkeypatch):
-    monkeypatch.setattr(
-        "vllm_flatquant.calibration.export.CheckpointWriter.__init__.__defaults__", (20_000,)
-    )
+    monkeypatch.setattr(export, "SHARD_BYTES", 20_000)
     _, out = make(tmp_path, calib)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1

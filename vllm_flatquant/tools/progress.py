@@ -4,40 +4,64 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from ..calibration.quantize import BlockReport, choose_device, quantize
+from ..calibration.quantize import Callbacks, choose_device, quantize
+from ..calibration.quantize_block import BlockReport
 from ..calibration.recipe import Recipe
+from ..calibration.staging import finished_blocks
+
+TITLES = {"check": "checking weights", "quantize": "quantizing", "distill": "training end to end"}
+"""Stage of ``Callbacks.progress`` -> what the bar is called."""
+
+
+def what_is_kept(out: Path) -> str:
+    """After a stop: what is left, and how to go on."""
+    done = finished_blocks(out.resolve())
+    if not done:
+        return "nothing was written"
+    return f"{done} finished blocks are kept: go on with `flatquant quantize --out {out} --resume`"
 
 
 def quantize_with_progress(
-    model: str, out: Path, recipe: Recipe, calib: str, device: str, overwrite: bool
+    model: str, out: Path, recipe: Recipe, calib: str, device: str, overwrite: bool, resume: bool = False
 ) -> Path:
     """``calibration.quantize.quantize`` with its progress on the terminal."""
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    columns = (TextColumn("quantizing"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
     start = time.monotonic()
     kv = "" if recipe.kv == 16 else f" with a {recipe.kv}-bit KV cache"
     console.print(
-        f"quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on {choose_device(device)}; "
-        f"calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, {recipe.epochs} epochs"
+        f"{'going on ' if resume else ''}quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on "
+        f"{choose_device(device)}; calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, "
+        f"{recipe.epochs} epochs"
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=1.0)
+        tasks: dict[str, TaskID] = {}
 
-        def on_block(report: BlockReport) -> None:
-            console.print(block_line(report))
+        def on_progress(stage: str, done: float) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(TITLES[stage], total=1.0)
+            progress.update(tasks[stage], completed=done)
 
-        path = quantize(
-            model,
-            out,
-            recipe,
-            calib,
-            device,
-            overwrite,
-            on_block=on_block,
-            on_progress=lambda done: progress.update(task, completed=done),
+        callbacks = Callbacks(
+            block=lambda report: console.print(block_line(report)),
+            progress=on_progress,
+            note=lambda sentence: console.print(f"note: {sentence}"),
         )
+        path = quantize(model, out, recipe, calib, device, overwrite, callbacks, resume)
     console.print(f"wrote {path} in {time.monotonic() - start:.0f} s; serve it with: vllm serve {path}")
     return path
 

@@ -1,0 +1,164 @@
+"""One block: full-precision output, training, folding, rounding, and the files of its stage."""
+
+import json
+import resource
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..spec import FlatQuantSpec
+from .block import TrainableBlock
+from .endtoend import LATENT
+from .errors import UserError
+from .export import TENSORS, save_tensors, write_text
+from .fingerprint import is_finite
+from .fold import fold_block
+from .recipe import Recipe
+from .round_block import RoundingReport, round_block
+from .source import ModelSource
+from .streams import FULL, QUANTIZED, new_stream, run_block, store_stream
+from .train import collect_stats, train_block
+
+ERROR_ROWS = 16
+"""Rows on which a block's error is measured before and after."""
+REPORT, LATENTS = "report.json", "latents.safetensors"
+"""Files of a block's stage: its BlockReport, and its weights before rounding if a later stage needs them."""
+
+
+@dataclass
+class BlockReport:
+    """One line of calibration_log.jsonl. Errors and losses are mean squared, against the
+    full-precision block; a loss is that of one training epoch."""
+
+    block: int
+    blocks: int
+    error_before: float
+    error_after: float
+    epoch_losses: list[float]
+    skipped_steps: int
+    rounding: dict[str, RoundingReport]
+    seconds: float
+    peak_memory_gb: float
+
+
+def quantize_block(
+    source: ModelSource,
+    index: int,
+    recipe: Recipe,
+    spec: FlatQuantSpec,
+    x: Tensor,
+    x_q: Tensor,
+    kwargs: dict[str, Any],
+    device: torch.device,
+    folder: Path | None = None,
+) -> tuple[Tensor, Tensor, dict[str, Tensor], BlockReport]:
+    """Quantize one block.
+
+    x: full-precision stream [N, T, hidden]. x_q: stream of the quantized prefix, [N or 1, T, hidden]; only the
+    first row is used unless ``recipe.follows_quantized``. folder: where streams on the CPU are mapped to files.
+    Returns both streams after the block, the block's checkpoint tensors by relative name (with the weights
+    before rounding under ``LATENT`` names if the recipe distills), and the report.
+    """
+    start = time.monotonic()
+    reset_peak_memory(device)
+    size = recipe.batch_size
+    x_q = x_q if recipe.follows_quantized else x_q[:1]
+    stored = source.block_tensors(index)
+    layer = source.load_block(index, device)
+    target = new_stream(folder and folder / FULL, tuple(x.shape), x.device)
+    stats = collect_stats(layer, source.arch, x, kwargs, size, device, target)[1]
+    if not all(is_finite(row) for row in target):
+        raise UserError(
+            f"block {index} gives NaN or inf on the calibration text; the model is damaged or its dtype "
+            "overflows"
+        )
+    block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
+    few = slice(0, min(ERROR_ROWS, len(x)))
+    before = block_error(layer, x[few], target[few], kwargs, size, device)
+    block.forget()
+    inputs = x_q if recipe.chain == "quantized" else x
+    trained = train_block(block, layer, inputs, target, kwargs, recipe, device)
+    folded = fold_block(block, stored)
+    finished = source.load_block(index, device)
+    tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
+    after = block_error(finished, x[few], target[few], kwargs, size, device)
+    quantized = new_stream(folder and folder / QUANTIZED, tuple(x_q.shape), x_q.device)
+    run_block(finished, x_q, kwargs, size, device, quantized)
+    if recipe.distill_epochs:
+        tensors |= {n + LATENT: w.float() for n, w in folded.weights.items()}
+    report = BlockReport(
+        block=index,
+        blocks=source.num_blocks,
+        error_before=before,
+        error_after=after,
+        epoch_losses=trained.losses,
+        skipped_steps=trained.skipped,
+        rounding=rounding,
+        seconds=time.monotonic() - start,
+        peak_memory_gb=peak_memory(device),
+    )
+    return target, quantized, tensors, report
+
+
+def save_block(
+    folder: Path,
+    prefix: str,
+    x: Tensor,
+    x_q: Tensor,
+    tensors: dict[str, Tensor],
+    report: BlockReport,
+) -> None:
+    """Write what ``quantize_block`` returned to the folder of its stage. prefix: of the tensors' full names."""
+    latents = {n: t.cpu() for n, t in tensors.items() if n.endswith(LATENT)}
+    save_tensors(folder, {prefix + n: t for n, t in tensors.items() if n not in latents})
+    if latents:
+        save_file(latents, folder / LATENTS)
+    store_stream(folder / FULL, x)
+    store_stream(folder / QUANTIZED, x_q)
+    write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
+
+
+def load_block(folder: Path, prefix: str) -> dict[str, Tensor]:
+    """The tensors that ``save_block`` wrote, by relative name."""
+    tensors = {
+        n.removeprefix(prefix): t
+        for file in sorted(folder.glob(TENSORS))
+        for n, t in load_file(file).items()
+    }
+    return tensors | (load_file(folder / LATENTS) if (folder / LATENTS).exists() else {})
+
+
+def block_error(
+    layer: nn.Module,
+    x: Tensor,
+    target: Tensor,
+    kwargs: dict[str, Any],
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden]."""
+    return F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target).item()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory`` count from here. On the CPU that needs Linux's /proc."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> float:
+    """Largest memory in GB (10^9 bytes) since ``reset_peak_memory``: of the GPU's tensors, or of this process
+    on the CPU with the parts of mapped files that are in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
