@@ -28,12 +28,13 @@ from torch import Tensor
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.endtoend import LATENT, distill, generated_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
+from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import (
     choose_device,
     make_spec,
     stream_device,
 )
-from vllm_flatquant.calibration.quantize_block import peak_memory, quantize_block
+from vllm_flatquant.calibration.quantize_block import quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import install_block
 from vllm_flatquant.calibration.source import ModelSource, meta_model

@@ -24,8 +24,8 @@ import transformers
 from vllm_flatquant import __version__
 from vllm_flatquant.calibration.data import evaluation_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
+from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import choose_device, quantize
-from vllm_flatquant.calibration.quantize_block import peak_memory
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 

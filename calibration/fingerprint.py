@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import __version__
 from .errors import UserError
 from .recipe import Recipe
+from .source import is_finite
 from .staging import read_run, staging_folder
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -152,11 +153,6 @@ def _scan_file(file: Path, on_read: Callable[[int], None]) -> str:
                     )
                 on_read(f.tell())
     return digest.hexdigest()
-
-
-def is_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or inf. Their sum tells it at once unless it overflows."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float32))) or bool(torch.isfinite(values).all())
 
 
 def check_recipe(out: Path, old: Recipe, new: Recipe) -> None:

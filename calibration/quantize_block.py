@@ -1,9 +1,6 @@
 """One block: full-precision output, training, folding, rounding, and the files of its stage."""
 
 import json
-import resource
-import time
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +15,11 @@ from .block import TrainableBlock
 from .endtoend import LATENT
 from .errors import UserError
 from .export import TENSORS, save_tensors, write_text
-from .fingerprint import is_finite
 from .fold import fold_block
+from .meter import Meter
 from .recipe import Recipe
 from .round_block import RoundingReport, round_block
-from .source import ModelSource
+from .source import ModelSource, is_finite
 from .streams import FULL, QUANTIZED, new_stream, run_block, store_stream
 from .train import collect_stats, train_block
 
@@ -58,20 +55,23 @@ def quantize_block(
     kwargs: dict[str, Any],
     device: torch.device,
     folder: Path | None = None,
+    meter: Meter | None = None,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], BlockReport]:
     """Quantize one block.
 
     x: full-precision stream [N, T, hidden]. x_q: stream of the quantized prefix, [N or 1, T, hidden]; only the
     first row is used unless ``recipe.follows_quantized``. folder: where streams on the CPU are mapped to files.
+    meter: receives time and memory of the phases load, observe, check, train, fold, round and run.
     Returns both streams after the block, the block's checkpoint tensors by relative name (with the weights
     before rounding under ``LATENT`` names if the recipe distills), and the report.
     """
-    start = time.monotonic()
-    reset_peak_memory(device)
+    meter = meter or Meter(device)
+    meter.enter("load")
     size = recipe.batch_size
     x_q = x_q if recipe.follows_quantized else x_q[:1]
     stored = source.block_tensors(index)
     layer = source.load_block(index, device)
+    meter.enter("observe")
     target = new_stream(folder and folder / FULL, tuple(x.shape), x.device)
     stats = collect_stats(layer, source.arch, x, kwargs, size, device, target)[1]
     if not all(is_finite(row) for row in target):
@@ -80,19 +80,27 @@ def quantize_block(
             "overflows"
         )
     block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
+    meter.enter("check")
     few = slice(0, min(ERROR_ROWS, len(x)))
     before = block_error(layer, x[few], target[few], kwargs, size, device)
     block.forget()
+    meter.enter("train")
     inputs = x_q if recipe.chain == "quantized" else x
     trained = train_block(block, layer, inputs, target, kwargs, recipe, device)
+    meter.enter("fold")
     folded = fold_block(block, stored)
+    del block, layer
     finished = source.load_block(index, device)
+    meter.enter("round")
     tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
+    meter.enter("check")
     after = block_error(finished, x[few], target[few], kwargs, size, device)
+    meter.enter("run")
     quantized = new_stream(folder and folder / QUANTIZED, tuple(x_q.shape), x_q.device)
     run_block(finished, x_q, kwargs, size, device, quantized)
     if recipe.distill_epochs:
         tensors |= {n + LATENT: w.float() for n, w in folded.weights.items()}
+    meter.enter(None)
     report = BlockReport(
         block=index,
         blocks=source.num_blocks,
@@ -101,8 +109,8 @@ def quantize_block(
         epoch_losses=trained.losses,
         skipped_steps=trained.skipped,
         rounding=rounding,
-        seconds=time.monotonic() - start,
-        peak_memory_gb=peak_memory(device),
+        seconds=sum(meter.seconds.values()),
+        peak_memory_gb=meter.peak_gb,
     )
     return target, quantized, tensors, report
 
@@ -145,20 +153,3 @@ def block_error(
 ) -> float:
     """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden]."""
     return F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target).item()
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let ``peak_memory`` count from here. On the CPU that needs Linux's /proc."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> float:
-    """Largest memory in GB (10^9 bytes) since ``reset_peak_memory``: of the GPU's tensors, or of this process
-    on the CPU with the parts of mapped files that are in memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -9,7 +9,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from typing_extensions import Self
@@ -49,7 +49,7 @@ def read_run(out: Path) -> str | None:
 def finished_blocks(out: Path) -> int:
     """How many blocks of a run to ``out`` are finished, counted from the first."""
     folder, count = staging_folder(out), 0
-    while (folder / block_stage(count)).is_dir():
+    while (folder / _RUN).exists() and (folder / block_stage(count)).is_dir():
         count += 1
     return count
 
@@ -62,7 +62,7 @@ class Staging:
 
     def __init__(self, out: Path):
         self.out, self.folder = out, staging_folder(out)
-        self._lock = -1
+        self._lock, self._removed = -1, False
 
     def __enter__(self) -> Self:
         while self._lock < 0:
@@ -104,17 +104,27 @@ class Staging:
         return -1
 
     def __exit__(self, *_: object) -> None:
-        if not self.finished_blocks():
+        if not self._removed and not self.finished_blocks():
             self.remove()
         os.close(self._lock)
 
     def remove(self) -> None:
         """Remove everything, the folder too."""
-        (self.folder / _RUN).unlink(missing_ok=True)  # first: without it the rest is no interrupted run
-        shutil.rmtree(self.folder, ignore_errors=True)
+        self._empty()
+        (self.folder / _LOCK).unlink(missing_ok=True)
+        self._removed = True
+        with suppress(OSError):  # another run may be there already
+            self.folder.rmdir()
+
+    def _empty(self) -> None:
+        """Remove all but the lock; run.json first, because without it the rest is no interrupted run."""
+        (self.folder / _RUN).unlink(missing_ok=True)
+        for entry in self.folder.iterdir():
+            if entry.name != _LOCK:
+                remove(entry)
 
     def start_over(self, overwrite: bool) -> None:
-        """Remove everything but the lock; UserError if that would lose finished blocks and ``overwrite`` is not
+        """Remove what an earlier run left; UserError if that would lose finished blocks and ``overwrite`` is not
         given."""
         done = self.finished_blocks()
         if done and not overwrite:
@@ -122,10 +132,7 @@ class Staging:
                 f"an interrupted run to {self.out} has {done} finished blocks; pass --resume to go on with it or "
                 "--overwrite to start again"
             )
-        (self.folder / _RUN).unlink(missing_ok=True)
-        for entry in self.folder.iterdir():
-            if entry.name != _LOCK:
-                remove(entry)
+        self._empty()
 
     def write_run(self, text: str) -> None:
         """Replace run.json in one step."""

@@ -7,8 +7,8 @@ import pytest
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.errors import UserError
-from vllm_flatquant.calibration.export import write_checkpoint
 from vllm_flatquant.calibration.reference import load_reference, read_spec
 from vllm_flatquant.calibration.source import ModelSource
 from vllm_flatquant.errors import CheckpointError
@@ -109,7 +109,7 @@ def test_private_files_cannot_slip_into_a_checkpoint_through_links(checkpoint, t
     (checkpoint / "tokenizer.json").symlink_to(tmp_path / "secret")
     spec = read_spec(checkpoint)
     with pytest.raises(UserError, match="'tokenizer.json' points outside its folder"):
-        write_checkpoint(tmp_path / "out", False, [], checkpoint, {}, spec)
+        export.write_checkpoint(tmp_path / "out", False, [], checkpoint, {}, spec)
     assert not (tmp_path / "out").exists()
 
 

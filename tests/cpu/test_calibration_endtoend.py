@@ -17,7 +17,8 @@ from vllm_flatquant.calibration.endtoend import (
     run_students,
     teacher_stream,
 )
-from vllm_flatquant.calibration.quantize import make_spec, quantize, quantize_block
+from vllm_flatquant.calibration.quantize import make_spec, quantize
+from vllm_flatquant.calibration.quantize_block import quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.calibration.source import ModelSource

@@ -3,13 +3,11 @@
 import errno
 import json
 import resource
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny_model import edit_config, edit_weights, make_model, random_tokens
 
 from vllm_flatquant.calibration import quantize_block
 from vllm_flatquant.calibration.errors import UserError
@@ -17,8 +15,8 @@ from vllm_flatquant.calibration.quantize import Callbacks, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.staging import Staging, finished_blocks, read_run, staging_folder
 
-sys.path.append(str(Path(__file__).parents[1] / "soak"))
-from kills import contents, kill_at_random_moments
+from ..soak.kills import contents, kill_at_random_moments
+from .tiny_model import edit_config, edit_weights, make_model, random_tokens
 
 SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2}
 BLOCKS = 3
@@ -55,7 +53,9 @@ def interrupted(model, calib, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("settings", [{}, {"rounding": "gptq", "kv": 4, "scheme": "w4a16"}])
+@pytest.mark.parametrize(
+    "settings", [{"distill_epochs": 1}, {"rounding": "gptq", "kv": 4, "scheme": "w4a16"}]
+)
 def test_same_bytes_wherever_it_stopped(interrupted, tmp_path, settings):
     for done in range(1, BLOCKS + 1):
         arguments = interrupted(done, **settings)
