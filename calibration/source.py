@@ -2,6 +2,7 @@
 
 import json
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,10 @@ class WeightFiles:
         """Stored dtype, without reading the data; the string of safetensors if PyTorch has none for it."""
         stored = self.stored[name].dtype
         return {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(stored, stored)
+
+    def size(self, name: str) -> int:
+        """Bytes of a tensor."""
+        return prod(self.shape(name)) * self.dtype(name).itemsize
 
     def tensor(self, name: str, check: bool = True) -> Tensor:
         """The tensor on the CPU; UserError if it holds NaN or inf."""

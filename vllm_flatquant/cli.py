@@ -58,6 +58,10 @@ def quantize(
         bool,
         typer.Option("--resume", help="go on with an interrupted run; it knows all other settings"),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="only say what it will take: try one block, estimate the rest"),
+    ] = False,
 ) -> None:
     """Turn a model into a 4-bit checkpoint, block by block."""
     from .calibration.fingerprint import interrupted_run
@@ -95,6 +99,11 @@ def quantize(
             f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens and "
             f"{settings.epochs} epochs; use --preset default for accuracy"
         )
+    if dry_run:
+        from .tools.planning import print_plan
+
+        print_plan(model, out, settings, calib or "stdlib", device)
+        return
     try:
         quantize_with_progress(model, out, settings, calib or "stdlib", device, overwrite, resume)
     except (KeyboardInterrupt, SystemExit) as stop:

@@ -117,26 +117,13 @@ def inspect_folder(folder: str) -> str:
 def inspect_lines(found: dict[str, Any]) -> list[str]:
     """``describe_folder``'s result for people."""
     spec, sizes, here = FlatQuantSpec.model_validate(found["spec"]), found["bytes"], found["here"]
-    group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
-    sites = []
-    for name in ("qkv", "o", "gate_up", "down", "k"):
-        value = getattr(spec.sites, name)
-        if value is not None:
-            sites.append(
-                f"{name} {value}" if isinstance(value, int) else f"{name} {value.left}x{value.right}"
-            )
     parts = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in sizes.items())
     return [
         (
             f"{found['folder']}: {found['model_type']}, {found['blocks']} blocks, {found['tensors']} tensors, "
             f"{sum(sizes.values()) / 1e6:.1f} MB"
         ),
-        (
-            f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
-            f"{spec.activations.bits}-bit activations per token"
-        ),
-        f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
-        f"transforms  {', '.join(sites) or 'none'}",
+        *spec_lines(spec),
         f"sizes       {parts} MB; {found['bits_per_weight']:.2f} bits for each quantized weight",
         f"shards      {spec.shards} (tensor-parallel sizes that divide it can serve)",
         f"runs here   through the {here['backend']} backend ({here['reason']})",
@@ -145,6 +132,26 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
         f"serve with  vllm serve {found['folder']}",
         *_error_lines(found["errors"]),
+    ]
+
+
+def spec_lines(spec: FlatQuantSpec) -> list[str]:
+    """What is quantized and transformed, for people."""
+    group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
+    sites = []
+    for name in ("qkv", "o", "gate_up", "down", "k"):
+        value = getattr(spec.sites, name)
+        if value is not None:
+            sites.append(
+                f"{name} {value}" if isinstance(value, int) else f"{name} {value.left}x{value.right}"
+            )
+    return [
+        (
+            f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
+            f"{spec.activations.bits}-bit activations per token"
+        ),
+        f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
+        f"transforms  {', '.join(sites) or 'none'}",
     ]
 
 
