@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +126,12 @@ def write_checkpoint(
     source: Path,
     config: dict[str, Any],
     spec: FlatQuantSpec,
+    finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
     """A checkpoint of finished tensors under their full names, one part in memory at a time.
 
-    source, config: as for ``write_side_files``. ``out`` appears when it is complete; UserError if it is taken.
+    source, config: as for ``write_side_files``. finish: checks and adds to the folder before it takes its place.
+    ``out`` appears when it is complete; UserError if it is taken.
     """
     check_out(out, overwrite)
     with Staging(out) as staging:
@@ -140,4 +142,5 @@ def write_checkpoint(
         with staging.stage(CHECKPOINT) as folder:
             build_checkpoint(folder, staging, 0)
             write_side_files(folder, source, config, spec)
+            finish(folder)
         return staging.publish(overwrite)

@@ -17,7 +17,7 @@ from .errors import UserError
 from .hadamard import random_hadamard
 from .recipe import Recipe
 from .reference import load_reference
-from .rotation import Rotation, hadamard_rotation, rotate_bias, rotate_weight, rotated
+from .rotation import Rotation, hadamard_rotation, rotate_bias, rotate_weight
 from .source import ModelSource
 
 MOMENTUM = 0.9
@@ -184,12 +184,8 @@ def available_memory() -> int:
     raise OSError("/proc/meminfo has no MemAvailable")
 
 
-def rotate_source(
-    source: ModelSource, recipe: Recipe, tokens: Tensor, device: torch.device
-) -> ModelSource:
-    """The source that the recipe's pipeline starts from: rotated if it says so."""
-    if recipe.rotation == "none":
-        return source
+def find_rotation(source: ModelSource, recipe: Recipe, tokens: Tensor, device: torch.device) -> Rotation:
+    """The rotation that the recipe asks for, drawn or learned."""
     if recipe.rotation == "hadamard":
-        return rotated(source, hadamard_rotation(source, recipe.seed), device)
-    return rotated(source, learn_rotation(source, recipe, tokens, device), device)
+        return hadamard_rotation(source, recipe.seed)
+    return learn_rotation(source, recipe, tokens, device)

@@ -19,6 +19,7 @@ from .meter import Meter, peak_process, reset_peaks
 from .quantize import choose_device, make_spec, stream_device
 from .quantize_block import ERROR_ROWS, quantize_block, save_block
 from .recipe import Recipe
+from .rotation import hadamard_rotation, rotated
 from .source import SIDE_FILES, ModelSource
 from .staging import check_out, sync
 from .streams import FULL, new_stream, record_inputs
@@ -84,6 +85,8 @@ def plan_run(
     scan_weights(source.files.shards, {}, on_check)
     checked = time.monotonic() - start
     folder = nearest_folder(Path(out).resolve().parent)
+    if recipe.rotation != "none":  # learned ones cost the same when they are applied
+        source = rotated(source, hadamard_rotation(source, recipe.seed), where)
     try:
         return make_plan(source, recipe, spec, tokens, where, folder, checked), spec
     except OSError as error:

@@ -40,8 +40,10 @@ from .fingerprint import (
     text_digest,
     token_digest,
 )
+from .learned_rotation import find_rotation
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
+from .rotation import Rotation, rotated
 from .source import GOLDEN, ModelSource, WeightFiles
 from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out
 from .streams import (
@@ -54,6 +56,8 @@ from .streams import (
     store_stream,
 )
 
+ROTATION, MATRICES = "rotation", "matrices.safetensors"
+"""Stage of the rotation's matrices, and its file."""
 GOLDEN_TOKENS = 64
 GOLDEN_TOP = 8
 
@@ -227,13 +231,15 @@ def run_stages(
     device: torch.device,
     tell: Callbacks,
 ) -> None:
-    """Every stage that is not finished yet, in order: inputs, other tensors, blocks, distillation, checkpoint.
+    """Every stage that is not finished yet, in order: rotation, inputs, other tensors, blocks, distillation,
+    checkpoint.
 
     Each fills a folder that ``staging`` shows complete or not at all; its tensors-*.safetensors go into the
     checkpoint.
     """
     recipe, blocks = run.recipe, source.num_blocks
     done = staging.finished_blocks()
+    source = rotate_source(staging, source, recipe, tokens, device)
     kwargs = prepare_inputs(staging, source, tokens, device, write=done == 0)
     if not staging.has(OTHERS):
         with staging.stage(OTHERS) as folder:
@@ -258,6 +264,18 @@ def run_stages(
         write_documents(folder, staging, source, run, spec)
         prompt = golden(source, WeightFiles(folder), tokens[0], x_q[0], device)
         save_file(prompt, folder / GOLDEN)
+
+
+def rotate_source(
+    staging: Staging, source: ModelSource, recipe: Recipe, tokens: Tensor, device: torch.device
+) -> ModelSource:
+    """The source that the blocks are read from: rotated if the recipe says so, by matrices that are a stage."""
+    if recipe.rotation == "none":
+        return source
+    if not staging.has(ROTATION):
+        with staging.stage(ROTATION) as folder, seeded(recipe.seed * 1009 - 1, device):
+            find_rotation(source, recipe, tokens, device).save(folder / MATRICES)
+    return rotated(source, Rotation.load(staging.folder / ROTATION / MATRICES), device)
 
 
 def distill_blocks(

@@ -9,8 +9,10 @@ and an lm_head of its own.
 import copy
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .architectures import Architecture
@@ -32,6 +34,17 @@ class Rotation:
     def value(self, block: int) -> Tensor | None:
         """R2 of a block."""
         return self.r2[block] if self.r2 else None
+
+    def save(self, file: Path) -> None:
+        """Write the matrices to a safetensors file."""
+        r2 = {f"r2.{i}": r.contiguous() for i, r in enumerate(self.r2)}
+        save_file({"r1": self.r1.contiguous(), **r2}, file)
+
+    @classmethod
+    def load(cls, file: Path) -> "Rotation":
+        """The matrices that ``save`` wrote."""
+        tensors = load_file(file)
+        return cls(tensors["r1"], [tensors[f"r2.{i}"] for i in range(len(tensors) - 1)])
 
 
 def hadamard_rotation(source: ModelSource, seed: int) -> Rotation:

@@ -54,7 +54,7 @@ def interrupted(model, calib, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"distill_epochs": 1}, {"rounding": "gptq", "kv": 4, "scheme": "w4a16"}]
+    "settings", [{"distill_epochs": 1}, {"rounding": "gptq", "kv": 4, "rotation": "hadamard"}]
 )
 def test_same_bytes_wherever_it_stopped(interrupted, tmp_path, settings):
     for done in range(1, BLOCKS + 1):

@@ -3,14 +3,15 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
+from safetensors.torch import save_file
 
 from ..calibration.card import model_card
 from ..calibration.errors import UserError
-from ..calibration.export import CheckpointWriter, check_out
+from ..calibration.export import write_checkpoint
 from ..calibration.quantize import GOLDEN_TOKENS, GOLDEN_TOP
 from ..calibration.reference import load_reference
 from ..calibration.source import GOLDEN, WeightFiles, check_weights, load_config, read_config
+from ..calibration.staging import check_out
 from ..spec import foreign_tool
 from .foreign import ForeignModel
 from .foreign_official import read_matrices, read_realquant
@@ -41,19 +42,17 @@ def convert(
     out = Path(out).resolve()
     check_out(out, overwrite, Path(source))
     found = read_foreign(Path(source), model, scheme.lower() if scheme else None, kv)
-    with CheckpointWriter(out, overwrite) as writer:
-        for tensors in found.tensors:
-            writer.add(tensors)
-        writer.write_side_files(found.side, found.config, found.spec)
-        writer.write_text("README.md", _card(found))
-        folder = writer.seal()
+
+    def finish(folder: Path) -> None:
+        (folder / "README.md").write_text(_card(found), encoding="utf-8")
         try:
             check_weights(folder, load_config(folder), WeightFiles(folder), found.spec)
             if golden:
-                (folder / GOLDEN).write_bytes(save(golden_tensors(folder)))
+                save_file(golden_tensors(folder), folder / GOLDEN)
         except UserError as error:
             raise UserError(str(error).replace(str(folder), f"{source}, converted,")) from None
-        writer.finish()
+
+    write_checkpoint(out, overwrite, found.tensors, found.side, found.config, found.spec, finish)
     return found.notes
 
 

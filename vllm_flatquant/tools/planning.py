@@ -68,6 +68,8 @@ def plan_lines(plan: Plan, spec: FlatQuantSpec, recipe: Recipe, free: int) -> li
     ]
     if recipe.distill_epochs:
         lines.append("not in it   the end-to-end stage, which holds all blocks in memory at once")
+    if recipe.rotation == "learned":
+        lines.append("not in it   learning the rotations, which holds the model in memory several times")
     if plan.staging > free:
         lines.append("warning     the disk is too small for this run")
     return lines
