@@ -12,7 +12,7 @@ from ..kernels.quantize import fake_quant_kv_ref
 from .architectures import Architecture
 from .errors import UserError
 from .factors import factor_pair
-from .matrices import MATRICES
+from .matrices import MATRICES, AffineMatrix
 from .recipe import SHARDS, Recipe
 from .sites import ClipRatio, Site, round_ste
 from .weights import WeightClip, fake_quantize_weight, grouped
@@ -206,6 +206,12 @@ class TrainableBlock(nn.Module):
         """Drop everything kept for the last step."""
         for name in self.sites:
             self.site(name).forget()
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Tell the matrices that change with time how much of the training has passed."""
+        for module in self.modules():
+            if isinstance(module, AffineMatrix):
+                module.begin_epoch(epoch, epochs)
 
     def parameter_groups(self, lr: float, clip_factor: float) -> list[dict]:
         """Optimizer groups: transforms and diagonals at ``lr``, clips at ``lr * clip_factor``."""

@@ -68,6 +68,39 @@ class OrthogonalMatrix(nn.Module):
         return p, p
 
 
+STABILITY = 0.1
+"""AffineQuant's factor on what is off the diagonal, for 4-bit weights and activations."""
+
+
+class AffineMatrix(nn.Module):
+    """A free matrix that opens from its diagonal outwards (AffineQuant, arXiv 2403.12544, equations 5 to 7).
+
+    ``P = p * mask``: the mask is 1 on the diagonal, ``STABILITY`` in a band around it that widens with every
+    epoch, 0 beyond, so that P stays diagonally dominant, hence invertible. Starts as the identity; the
+    inverse is recomputed in float64.
+    """
+
+    mask: Tensor
+
+    def __init__(self, shards: int, n: int, generator: torch.Generator):
+        super().__init__()
+        self.p = nn.Parameter(torch.eye(n).expand(shards, n, n).clone())
+        self.register_buffer("mask", torch.eye(n))
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Widen the band for ``epoch`` of ``epochs``, counted from 0; the last one has all."""
+        n = len(self.mask)
+        i = torch.arange(n, device=self.mask.device)
+        distance = (i[:, None] - i[None, :]).abs()
+        band = (distance > 0) & (distance <= (epoch + 1) / epochs * n)
+        self.mask.copy_((distance == 0) + STABILITY * band)  # in place: a captured step reads it
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(P, P^-T), each [S, n, n]."""
+        p = self.p * self.mask
+        return p, torch.linalg.inv_ex(p.double())[0].mT.to(p.dtype)
+
+
 class FixedMatrix(nn.Module):
     """An orthogonal matrix that is not trained; ``identity`` and ``hadamard`` make one."""
 
@@ -97,6 +130,7 @@ MATRICES: dict[str, Callable[[int, int, torch.Generator], nn.Module]] = {
     "svd": SVDMatrix,
     "direct": DirectMatrix,
     "orthogonal": OrthogonalMatrix,
+    "affine": AffineMatrix,
     "hadamard": hadamard_matrix,
     "identity": identity,
 }

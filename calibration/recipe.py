@@ -72,7 +72,7 @@ class Recipe(BaseModel):
     rotation_lr: float = Field(default=1.5, gt=0)
     matrix: Literal["svd", "direct", "orthogonal", "hadamard"] = "svd"
     transforms: tuple[TransformName, ...] = TRANSFORMS
-    v_matrix: Literal["svd", "direct", "orthogonal", "hadamard"] | None = None
+    v_matrix: Literal["svd", "direct", "orthogonal", "hadamard", "affine"] | None = None
     v_each_head: bool = False
     diag: tuple[SiteName, ...] = DIAGONALS
     diag_alpha: float = Field(default=0.3, ge=0, le=1)

@@ -97,7 +97,43 @@ ROTATIONS: dict[str, NamedRecipe] = {
     ),
 }
 
-RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS}
+OMNIQUANT_SETTINGS: dict[str, Any] = {
+    "system": "OmniQuant",
+    "paper": "arXiv 2308.13137",
+    "transforms": [],
+    "diag": ["qkv", "o", "gate_up"],
+    "diag_alpha": 0.5,
+    "activation_clip": 1.0,
+    "kv_clip": 1.0,
+    "chain": "quantized",
+    "epochs": 20,
+    "batch_size": 1,
+    "lr": 5e-3,
+    "clip_lr_factor": 2.0,
+}
+SCALINGS: dict[str, NamedRecipe] = {
+    "omniquant-w4a4": NamedRecipe(
+        "learned diagonals and weight clips, trained on the quantized chain; no on-line cost",
+        OMNIQUANT_SETTINGS,
+    ),
+    "omniquant-w4a16": NamedRecipe(
+        "learned weight clips alone, as published for Llama; no on-line cost",
+        {**OMNIQUANT_SETTINGS, "scheme": "w4a16", "diag": False},
+    ),
+    "affinequant-w4a4": NamedRecipe(
+        "as omniquant-w4a4, with a full matrix for each value head that opens from its diagonal",
+        {
+            **OMNIQUANT_SETTINGS,
+            "system": "AffineQuant",
+            "paper": "arXiv 2403.12544",
+            "transforms": ["v"],
+            "v_matrix": "affine",
+            "v_each_head": True,
+        },
+    ),
+}
+
+RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS, **SCALINGS}
 """Name -> recipe, in the order in which they are listed."""
 
 

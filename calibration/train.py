@@ -88,7 +88,8 @@ def train_block(
         precision=recipe.precision,
     )
     losses: list[Tensor] = []
-    for _ in range(recipe.epochs):
+    for epoch in range(recipe.epochs):
+        block.begin_epoch(epoch, recipe.epochs)
         total = torch.zeros((), device=device)
         for batch, goal in zip(
             batches(x, recipe.batch_size, device),

@@ -63,6 +63,8 @@ PARTIAL = {
     "nothing": {"transforms": (), "diag": False},
     "diagonals": {"transforms": (), "diag": ("qkv", "o", "gate_up")},
     "v-each-head": {"transforms": ("v",), "v_each_head": True, "diag": ("o",)},
+    "v-affine": {"transforms": ("v",), "v_each_head": True, "v_matrix": "affine"},
+    "hadamard": {"matrix": "hadamard", "diag": False},
     "v-shared": {"transforms": ("down", "v"), "diag": ("o", "down"), "v_matrix": "orthogonal"},
     "o-without-v": {"transforms": ("o", "k", "gate_up"), "diag": ("o",), "shards": 2},
 }

@@ -8,7 +8,7 @@ import torch
 from vllm_flatquant.calibration.data import stdlib_texts
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.factors import factor_pair
-from vllm_flatquant.calibration.matrices import MATRICES
+from vllm_flatquant.calibration.matrices import MATRICES, STABILITY, AffineMatrix
 from vllm_flatquant.calibration.recipe import Recipe, make_recipe
 from vllm_flatquant.calibration.sites import Site, fake_quantize
 from vllm_flatquant.calibration.weights import WeightClip, fake_quantize_weight
@@ -110,6 +110,21 @@ def test_weight_clip_bounds_each_group():
 def test_recipe_refuses(settings, message):
     with pytest.raises(UserError, match=message):
         make_recipe(**settings)
+
+
+def test_affine_matrix_opens_from_its_diagonal():
+    matrix = AffineMatrix(2, 8, torch.Generator())
+    with torch.no_grad():
+        matrix.p += 0.3 * torch.randn(2, 8, 8)
+    seen = []
+    for epoch in range(4):
+        matrix.begin_epoch(epoch, 4)
+        p, inv_t = matrix()
+        assert torch.allclose(p @ inv_t.mT, torch.eye(8).expand(2, 8, 8), atol=1e-5)
+        assert torch.equal(p.diagonal(dim1=1, dim2=2), matrix.p.diagonal(dim1=1, dim2=2))
+        seen.append(int((p[0] != 0).sum()))
+        assert p[0, 0, 1 if epoch == 0 else 2 * epoch] == STABILITY * matrix.p[0, 0, max(1, 2 * epoch)]
+    assert seen == [8 + 2 * (7 + 6), 8 + 2 * (7 + 6 + 5 + 4), 8 + 2 * (28 - 1), 64]
 
 
 def test_recipe_defaults_are_the_papers():
