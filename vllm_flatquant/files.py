@@ -122,11 +122,12 @@ def first_line(error: Exception) -> str:
     return shown(lines[0], 200) if lines else type(error).__name__
 
 
-def check_sizes(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if a size of a model config is no number from 1 to ``LARGEST_SIZES``."""
+def check_sizes(config: Mapping[str, Any], required: Collection[str] = ()) -> None:
+    """Raise CheckpointError if a size of a model config is no number from 1 to ``LARGEST_SIZES``, or a required
+    one is not there (others may be: Transformers has defaults for them)."""
     for key, largest in LARGEST_SIZES.items():
         value = config.get(key)
-        if value is None:
+        if value is None and key not in required:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= largest:
             raise CheckpointError(

@@ -11,7 +11,7 @@ CASES = 500
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """Samples by whether they are an unquantized model."""
+    """Folders to damage, by kind."""
     return make_samples(tmp_path_factory.mktemp("samples"))
 
 
@@ -19,7 +19,7 @@ def samples(tmp_path_factory):
 @pytest.mark.parametrize("target", TARGETS)
 def test_random_damage_is_refused_in_one_sentence(samples, target):
     cases = round(TARGETS[target] * CASES)
-    seen = fuzz(target, samples["unquantized" in target], cases)
+    seen = fuzz(target, samples, cases)
     assert seen["cases"] >= cases * 0.9  # hypothesis stops early where it has run out of new cases
     assert sum(n for kind, n in seen.items() if kind.endswith("refused")) > cases / 4
 

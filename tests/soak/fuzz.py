@@ -8,6 +8,7 @@ import copy
 import json
 import resource
 import struct
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,8 +27,13 @@ from vllm_flatquant.calibration.source import ModelSource
 from vllm_flatquant.errors import CheckpointError, UnsupportedError
 from vllm_flatquant.files import check_files
 from vllm_flatquant.spec import SpecError, parse_spec
+from vllm_flatquant.tools.convert import convert
 
 from ..cpu.tiny_checkpoint import Recipe, random_model, write_checkpoint
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "cpu"))  # where these import each other
+import foreign_folders
+from tiny_model import make_model
 
 OURS = (UserError, SpecError, CheckpointError, UnsupportedError)
 SLOWEST_SECONDS = 20.0
@@ -142,6 +148,9 @@ def damaged_weights(draw: Any, file: bytes) -> bytes:
     return struct.pack("<Q", length if how == "length" else len(raw)) + raw + data
 
 
+_DAMAGED = ("config.json", "model.safetensors")
+
+
 class Sample:
     """A folder that the cases damage: its config, weights and index as they should be."""
 
@@ -150,15 +159,17 @@ class Sample:
         self.weights = (folder / "model.safetensors").read_bytes()
         names = [name for name in split(self.weights)[0] if name != "__metadata__"]
         self.index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
-        quantized = "quantization_config" in self.config
-        self.readers = (
-            (read_as_plugin, read_as_reference, read_spec)
-            if quantized
-            else (read_as_source, read_as_reference)
-        )
+        self.readers = KINDS[folder.name]
+        self.others = {
+            file.name: file.read_bytes()
+            for file in folder.iterdir()
+            if file.is_file() and file.name not in (*_DAMAGED, "model.safetensors.index.json")
+        }
 
     def write(self, folder: Path, config: Any = None, weights: bytes = b"", index: Any = None) -> None:
         """Write the folder with what is given in place of what should be."""
+        for name, content in self.others.items():
+            (folder / name).write_bytes(content)
         (folder / "config.json").write_text(json.dumps(self.config if config is None else config))
         (folder / "model.safetensors").write_bytes(weights or self.weights)
         (folder / "model.safetensors.index.json").write_text(
@@ -166,12 +177,15 @@ class Sample:
         )
 
 
-def make_samples(folder: Path) -> dict[bool, Sample]:
-    """A tiny checkpoint (False) and a tiny unquantized model (True), made in ``folder``."""
+def make_samples(folder: Path) -> dict[str, Sample]:
+    """Tiny folders by kind, made in ``folder``: a checkpoint, an unquantized model, and other tools' ones."""
     recipe = Recipe("Qwen2", layers=1, k_bits=4, v_bits=4)
-    write_checkpoint(folder / "quantized", recipe)
+    write_checkpoint(folder / "checkpoint", recipe)
     random_model(recipe).save_pretrained(folder / "unquantized")
-    return {False: Sample(folder / "quantized"), True: Sample(folder / "unquantized")}
+    model = make_model(folder / "model")
+    for kind in (foreign_folders.realquant, foreign_folders.squeezebits, foreign_folders.ascend):
+        kind(model, folder / kind.__name__)
+    return {kind: Sample(folder / kind) for kind in KINDS}
 
 
 def one_sentence(call: Callable[[], Any]) -> str:
@@ -213,13 +227,31 @@ def read_as_source(folder: Path) -> None:
     ModelSource(folder)
 
 
-def fuzz(target: str, sample: Sample, cases: int, number: int = 0) -> Counter[str]:
+def convert_foreign(folder: Path) -> None:
+    """Convert another tool's folder."""
+    with tempfile.TemporaryDirectory() as out:
+        convert(str(folder), Path(out) / "out", scheme="w4a4", kv=4, golden=False)
+        load_reference(Path(out) / "out")
+
+
+KINDS: dict[str, tuple[Callable[[Path], Any], ...]] = {
+    "checkpoint": (read_as_plugin, read_as_reference, read_spec),
+    "unquantized": (read_as_source, read_as_reference),
+    "realquant": (convert_foreign,),
+    "squeezebits": (convert_foreign, read_as_plugin),
+    "ascend": (convert_foreign,),
+}
+"""Kind of folder -> what reads such a folder."""
+
+
+def fuzz(target: str, samples: dict[str, Sample], cases: int, number: int = 0) -> Counter[str]:
     """Run ``cases`` cases of one target; how many were refused, accepted, and by which reader.
 
-    sample: a checkpoint, or an unquantized model for the targets that say so. number: the seed. Raises what a reader raised, with the smallest case that makes it do so.
+    samples: of ``make_samples``. number: the seed. Raises what a reader raised, with the smallest case that makes it do so.
     """
     seen: Counter[str] = Counter()
-    part = target.split()[-1]
+    kind, part = target.split()
+    sample = samples[kind]
     strategy = {
         "spec": damaged(sample.config.get("quantization_config")),
         "config": damaged(sample.config),
@@ -260,11 +292,17 @@ def fuzz(target: str, sample: Sample, cases: int, number: int = 0) -> Counter[st
 
 
 TARGETS = {
-    "spec": 0.2,
-    "config": 0.25,
-    "header": 0.2,
-    "index": 0.1,
-    "unquantized config": 0.15,
-    "unquantized header": 0.1,
+    "checkpoint spec": 0.15,
+    "checkpoint config": 0.2,
+    "checkpoint header": 0.15,
+    "checkpoint index": 0.08,
+    "unquantized config": 0.1,
+    "unquantized header": 0.08,
+    "realquant config": 0.04,
+    "realquant header": 0.04,
+    "squeezebits config": 0.04,
+    "squeezebits header": 0.04,
+    "ascend config": 0.04,
+    "ascend header": 0.04,
 }
-"""What is damaged -> its share of the cases."""
+"""Kind of folder and what in it is damaged -> its share of the cases."""

@@ -57,9 +57,7 @@ def fuzz_step(options: argparse.Namespace, folder: Path) -> Outcome:
     samples, counts, checks = make_samples(folder), {}, {}
     for target, share in TARGETS.items():
         try:
-            seen = fuzz(
-                target, samples["unquantized" in target], round(share * options.cases), options.seed
-            )
+            seen = fuzz(target, samples, round(share * options.cases), options.seed)
             counts[target] = seen["cases"]
             checks[target] = True
         except Exception as error:  # noqa: BLE001 (the other targets run all the same)

@@ -13,6 +13,8 @@ from .. import __version__
 from ..calibration.architectures import Architecture, find_architecture
 from ..calibration.errors import UserError
 from ..calibration.source import WeightFiles
+from ..errors import CheckpointError
+from ..files import check_sizes
 from ..spec import (
     SCHEMES,
     Activations,
@@ -80,8 +82,12 @@ class Clips:
 
 def base_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], Architecture]:
     """config.json without what quantized it and whose path it was, and its architecture; UserError if that
-    is not supported."""
+    is not supported or a size is missing."""
     arch = find_architecture(config.get("model_type"))
+    try:
+        check_sizes(config, ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
     dropped = ("quantization_config", "quantize", "_name_or_path")
     return {k: v for k, v in config.items() if k not in dropped}, arch
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from ..calibration.architectures import Architecture
 from ..calibration.errors import UserError
 from ..calibration.source import WeightFiles, folder_file, read_config
+from ..errors import shown
 from ..files import first_line
 from ..kernels.kron import kron_wide_ref
 from ..kernels.pack import pack_int4
 from .foreign import OWNERS, Clips, ForeignModel, base_config, base_name, make_spec, need
 
 Block = dict[str, Tensor]
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 MODULES = {
     "qkv": "self_attn.qkv_proj",
@@ -193,7 +195,12 @@ def _ascend_block(
 ) -> Block:
     out: Block = {}
     parts = ("weight", "weight_scale", "weight_offset", "left_trans", "right_trans", "clip_ratio")
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "bfloat16"))
+    named = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    dtype = {str(d).removeprefix("torch."): d for d in FLOATS}.get(named)
+    if dtype is None:
+        raise UserError(
+            f"{files.path}/config.json: dtype '{shown(named)}' is none of float16, bfloat16, float32; download it again"
+        )
     for site, group in zip(OWNERS, arch.groups, strict=True):
         ours = f"{prefix}{OWNERS[site]}.{site}_transform"
         names = [f"{prefix}{linear}" for linear in group]
