@@ -152,6 +152,30 @@ def convert(
     print(f"wrote {out}; serve it with: vllm serve {out}")
 
 
+def plot(
+    folder: Annotated[str, typer.Argument(help="checkpoint folder")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="where to [FOLDER/plots]")] = None,
+    original: Annotated[
+        str | None,
+        typer.Option("--original", "--model", help="unquantized model [the card's base_model]"),
+    ] = None,
+    text: Annotated[str, typer.Option(help="what both models read: as --calib of quantize")] = "stdlib",
+    block: Annotated[int | None, typer.Option(help="whose channels to show [the middle one]")] = None,
+    samples: Annotated[int, typer.Option(help="windows of text")] = 4,
+    seq_len: Annotated[int, typer.Option(help="tokens per window")] = 512,
+    device: DeviceOption = "auto",
+) -> None:
+    """Draw flatness before and after the transforms, each block's error and the training losses, as PNG and
+    SVG."""
+    from .tools.plot import plot_folder
+
+    files, missing = plot_folder(folder, out, original, text, block, samples, seq_len, device)
+    for file in files:
+        print(f"wrote {file}")
+    for sentence in missing:
+        print(sentence)
+
+
 def recipes(
     name: Annotated[str | None, typer.Argument(help="show the settings of this one")] = None,
 ) -> None:
@@ -168,6 +192,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "diff": diff,
     "convert": convert,
+    "plot": plot,
     "recipes": recipes,
 }
 """Name on the command line -> function; typer reads its signature."""
