@@ -1,6 +1,7 @@
 """``flatquant plot``: flatness before and after, each block's error, and the training losses, as PNG and SVG."""
 
 from collections.abc import Mapping
+from math import log10
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,7 @@ def new_figure(rows: int, columns: int, width: float, height: float) -> tuple[An
 
 def channel_figure(before: Measured, after: Measured, block: int, name: str) -> Any:
     """Sorted channel magnitudes of one block's inputs and weights, by site."""
-    figure, axes = new_figure(2, 4, 10, 4.6)
+    figure, axes = new_figure(2, 4, 10, 4.8)
     figure.suptitle(
         f"{name}, block {block}: channel magnitudes, sorted (1 = the site's root mean square)",
         fontsize=10,
@@ -150,7 +151,7 @@ def channel_figure(before: Measured, after: Measured, block: int, name: str) -> 
         axes[1, 0].set_ylabel("weight columns")
     for row in axes:
         share_limits(row)
-    axes[0, -1].legend(loc="upper right")
+    common_legend(figure, axes[0, 0])
     return figure
 
 
@@ -163,21 +164,40 @@ def relative(magnitudes: Tensor) -> Tensor:
 
 def share_limits(row: Any) -> None:
     """One y range for all axes of a row, so that they compare; numbers on the first alone."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
     low = min(ax.get_ylim()[0] for ax in row)
     high = max(ax.get_ylim()[1] for ax in row)
     for i, ax in enumerate(row):
         ax.set_ylim(max(low, 1e-3), high)
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
+        log_ticks(ax)
         if i:
             ax.tick_params(labelleft=False)
 
 
+def log_ticks(ax: Any) -> None:
+    """Ticks of a logarithmic y axis as plain numbers; between powers of ten too where there are few."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = ax.get_ylim()
+    steps = {
+        0.5: (1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0),
+        1: (1.0, 1.5, 2.0, 3.0, 5.0, 7.0),
+        2: (1.0, 2.0, 5.0),
+        3: (1.0, 3.0),
+    }
+    between = next((subs for most, subs in steps.items() if log10(high / low) < most), (1.0,))
+    ax.yaxis.set_major_locator(LogLocator(subs=between))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+
+
+def common_legend(figure: Any, ax: Any) -> None:
+    """One legend below all axes."""
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+
+
 def peak_figure(before: Measured, after: Measured, name: str) -> Any:
     """Largest activation of a token by its root mean square, by block and site."""
-    figure, axes = new_figure(1, 4, 10, 2.7)
+    figure, axes = new_figure(1, 4, 10, 3.0)
     figure.suptitle(
         f"{name}: largest activation of a token over its root mean square (lower quantizes better)",
         fontsize=10,
@@ -203,7 +223,7 @@ def peak_figure(before: Measured, after: Measured, name: str) -> Any:
         whole_numbers(ax)
     share_limits(axes[0])
     axes[0, 0].set_ylabel("max / RMS")
-    axes[0, 0].legend(loc="upper right")
+    common_legend(figure, axes[0, 0])
     return figure
 
 
@@ -225,6 +245,7 @@ def error_figure(log: list[dict[str, Any]], name: str) -> Any:
     ax.set_ylabel("mean squared error of the output")
     ax.set_title(f"{name}: each quantized block against the original one", fontsize=10)
     whole_numbers(ax)
+    log_ticks(ax)
     ax.legend()
     return figure
 
@@ -249,17 +270,9 @@ def loss_figure(log: list[dict[str, Any]], name: str) -> Any:
             marker="o",
             markersize=2.5,
         )
-        if len(trained) <= 8:
-            ends = (len(losses), losses[-1] / losses[0])
-            ax.annotate(
-                f"block {report['block']}",
-                ends,
-                (5, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7,
-            )
-    if len(trained) > 8:
+    if len(trained) <= 8:
+        name_lines(ax, trained)
+    else:
         scale = matplotlib.cm.ScalarMappable(Normalize(0, (len(log) - 1) / 0.9), colours)
         bar = figure.colorbar(scale, ax=ax, label="block", boundaries=torch.arange(len(log) + 1) - 0.5)
         bar.set_ticks([0, len(log) // 2, len(log) - 1])
@@ -268,6 +281,23 @@ def loss_figure(log: list[dict[str, Any]], name: str) -> Any:
     ax.set_title(f"{name}: training loss of each block", fontsize=10)
     whole_numbers(ax)
     return figure
+
+
+def name_lines(ax: Any, trained: list[dict[str, Any]]) -> None:
+    """The block's number at the end of each line, moved apart where ends are close."""
+    low, high = ax.get_ylim()
+    height = low
+    for report in sorted(trained, key=lambda r: r["epoch_losses"][-1] / r["epoch_losses"][0]):
+        losses = report["epoch_losses"]
+        height = max(losses[-1] / losses[0], height)
+        ax.annotate(
+            f"block {report['block']}",
+            *((len(losses), height), (6, 0)),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
+        height += 0.045 * (high - low)
 
 
 def whole_numbers(ax: Any) -> None:
