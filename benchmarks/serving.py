@@ -125,13 +125,15 @@ class Run:
         return options
 
     def environment(self, model: str, name: str) -> dict[str, str]:
-        """What the processes of a format get; caches of its own, so that a cold start is one."""
+        """What the processes of a format get."""
         cache = self.args.cache / self.label(model).replace(" ", "-") / name
-        paths = [str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]
+        # Formats of one kind share kernels, and what one compiled the next need not.
+        kernels = cache.parent / ("flatquant-triton" if FORMATS[name].flatquant else "triton")
+        paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
         return {
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             "VLLM_CACHE_ROOT": str(cache / "vllm"),
-            "TRITON_CACHE_DIR": str(cache / "triton"),
+            "TRITON_CACHE_DIR": str(kernels),
             "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
@@ -155,7 +157,9 @@ class Run:
             "wanted": wanted,
         }
         environment = self.environment(model, name) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        cold = not Path(environment["TRITON_CACHE_DIR"]).exists()
+        caches = [Path(environment[key]) for key in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")]
+        there = [cache.exists() for cache in caches]
+        start = "start_warm" if all(there) else "start" if any(there) else "start_cold"
         with log.open("w") as file:
             try:
                 status: Any = subprocess.run(
@@ -168,7 +172,8 @@ class Run:
                 ).returncode
             except subprocess.TimeoutExpired:
                 status = f"nothing after {self.args.limit} s"
-        Path(environment["TRITON_CACHE_DIR"]).mkdir(parents=True, exist_ok=True)
+        for cache in caches:
+            cache.mkdir(parents=True, exist_ok=True)
         rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         text = log.read_text(errors="replace")
         if status or not any(row.get("measure") == "finished" for row in rows):
@@ -177,7 +182,7 @@ class Run:
             )
         for row in rows:
             if row.get("measure") == "start":
-                row["measure"] = "start_cold" if cold else "start_warm"
+                row["measure"] = start
         for measure, (pattern, unit) in LOG_FIGURES.items():
             found = re.findall(pattern, text)
             if found:
@@ -281,7 +286,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--profile-results", type=Path, default=RESULTS / "serving_profile.csv")
     parser.add_argument("--work", type=Path, default=Path("out/serving"), help="logs and model folders")
     parser.add_argument("--cache", type=Path, default=Path("out/serving-cache"), help="compile caches")
-    parser.add_argument("--limit", type=float, default=240, help="seconds for one format")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one format")
     args = parser.parse_args()
     args.work, args.cache = args.work.resolve(), args.cache.resolve()
     return args

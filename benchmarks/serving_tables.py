@@ -157,7 +157,7 @@ def plot(results: Path, out: Path) -> None:
         axes.set_xticks(range(len(measures)), [m.replace("_", " ") for m in measures])
         axes.set_ylabel("speed relative to bf16")
         axes.set_title(f"{model}, {gpu}, vLLM {vllm}; random weights", fontsize=10)
-        axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(out, dpi=130)

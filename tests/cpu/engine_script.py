@@ -19,6 +19,9 @@ def main() -> None:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--gpu-memory-utilization", type=float, default=0.9)
+    parser.add_argument("--max-num-seqs", type=int, default=8)
+    parser.add_argument("--max-tokens", type=int, default=16)
+    parser.add_argument("--kv-cache-mib", type=int, default=64)
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -34,14 +37,18 @@ def main() -> None:
         dtype=arguments.dtype,
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         max_model_len=128,
-        max_num_seqs=8,
+        max_num_seqs=arguments.max_num_seqs,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        kv_cache_memory_bytes=64 << 20,
+        kv_cache_memory_bytes=arguments.kv_cache_mib << 20,
         seed=0,
     )
     parameters = SamplingParams(
-        max_tokens=16, temperature=0, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        max_tokens=arguments.max_tokens,
+        temperature=0,
+        prompt_logprobs=0,
+        detokenize=False,
+        ignore_eos=True,
     )
     prompts = [{"prompt_token_ids": ids} for ids in json.load(sys.stdin)]
     results = [
