@@ -70,6 +70,16 @@ def calibration_tokens(calib: str, model: Path, samples: int, seq_len: int, seed
     return draw_windows(ids, samples, seq_len, seed, calib)
 
 
+def check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
+    """UserError if a token id of ``tokens`` is not below ``vocabulary``."""
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= vocabulary:
+        raise UserError(
+            f"token ids run from {low} to {high}, outside the model's vocabulary of {vocabulary}; tokenize with "
+            "this model's tokenizer"
+        )
+
+
 def draw_windows(ids: Tensor, samples: int, seq_len: int, seed: int, name: str) -> Tensor:
     """``samples`` distinct, aligned windows of ``seq_len`` tokens out of ids [n], drawn by ``seed``."""
     count = len(ids) // seq_len

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .data import check_vocabulary
 from .errors import UserError
 
 
@@ -39,12 +40,7 @@ def token_losses(model: PreTrainedModel, rows: Tensor, batch_size: int = 4) -> T
     """
     device = next(model.parameters()).device
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = embeddings.weight.shape[0]
-    if int(rows.max()) >= vocabulary or int(rows.min()) < 0:
-        raise UserError(
-            f"token ids run from {int(rows.min())} to {int(rows.max())}, outside the model's vocabulary of "
-            f"{vocabulary}; tokenize with this model's tokenizer"
-        )
+    check_vocabulary(rows, embeddings.weight.shape[0])
     losses = []
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size].to(device)

@@ -162,7 +162,11 @@ def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
             raise UserError(f"{name}: base: {_unknown(str(base))}")
         if calib is not None and not isinstance(calib, str):
             raise UserError(f"{name}: calib must be the name of a text, not {calib!r}")
-    recipe = make_recipe(**{**RECIPES[base].settings, **settings, **overrides})
+    try:
+        recipe = make_recipe(**{**RECIPES[base].settings, **settings, **overrides})
+    except UserError as error:
+        in_file = str(error).partition("=")[0] in settings.keys() - overrides.keys()
+        raise UserError(f"{name}: {error}" if in_file else str(error)) from None
     return Chosen(recipe, base, calib)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .errors import UserError
+from .data import check_vocabulary
 from .source import ModelSource
 
 FULL, QUANTIZED = "full.npy", "quantized.npy"
@@ -89,11 +89,7 @@ def record_inputs(
     blocks: nn.ModuleList = model.get_submodule(source.arch.blocks)
     recorders = [_Recorder(b, i == len(blocks) - 1) for i, b in enumerate(blocks)]
     embedding = source.files.tensor(f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight")
-    if int(tokens.max()) >= embedding.shape[0] or int(tokens.min()) < 0:
-        raise UserError(
-            f"token ids run from {int(tokens.min())} to {int(tokens.max())} but the model's vocabulary has "
-            f"{embedding.shape[0]} entries; tokenize with this model's tokenizer"
-        )
+    check_vocabulary(tokens, embedding.shape[0])
     hidden = torch.empty(*tokens.shape, embedding.shape[1]) if out is None else out
     for i, row in enumerate(tokens):
         hidden[i] = embedding[row]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.card import public_name
-from ..calibration.data import calibration_tokens
+from ..calibration.data import calibration_tokens, check_vocabulary
 from ..calibration.errors import UserError
 from ..calibration.quantize import choose_device
 from ..calibration.reference import SITES, load_reference, read_spec
@@ -69,6 +69,10 @@ def plot_folder(
     spec = read_spec(path)
     if spec is None:
         raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
+    if samples < 1 or seq_len < 1:
+        raise UserError(
+            f"samples={samples} of seq_len={seq_len} tokens show nothing; use 1 or more of each"
+        )
     log, missing, figures = calibration_log(path), [], {}
     with matplotlib.rc_context(STYLE):
         if log:
@@ -90,6 +94,7 @@ def plot_folder(
                 raise UserError(f"block={shown} does not exist; the model has blocks 0 to {count - 1}")
             length = min(seq_len, getattr(load_config(path), "max_position_embeddings", seq_len))
             rows = calibration_tokens(text, path, samples, length, 0)
+            check_vocabulary(rows, load_config(path).vocab_size)
             where = choose_device(device)
             before = measure_flatness(load_reference(base, where), rows)
             after = measure_flatness(load_reference(path, where), rows)
