@@ -23,13 +23,15 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [
         f"| {model}, windows of {seq_len} | "
         + " | ".join(f"{t} ({windows[t]})" for t in texts)
-        + " | seeds |",
-        "|---|" + "---|" * (len(texts) + 1),
+        + " | seeds | seconds | GB |",
+        "|---|" + "---|" * (len(texts) + 3),
     ]
     for config, by_text in sorted(values.items(), key=lambda v: (v[0] != "unquantized", v[0])):
         cells = [f"{mean(by_text[t]):.3f}" if by_text[t] else "" for t in texts]
         seeds = max(len(found) for found in by_text.values())
-        lines.append(f"| {config} | " + " | ".join(cells) + f" | {seeds} |")
+        runs = [row for row in used if row["config"] == config]
+        cost = f"{mean(float(r['seconds']) for r in runs):.0f} | {max(float(r['peak_memory_gb']) for r in runs):.1f}"
+        lines.append(f"| {config} | " + " | ".join(cells) + f" | {seeds} | {cost} |")
     sources = {
         name: ", ".join(sorted({row[name] for row in used})) for name in ("device", "torch", "commit")
     }
@@ -37,10 +39,15 @@ def table(rows: list[dict[str, str]]) -> str:
     how = ""
     if settings:
         first = settings[0]
-        how = f"Calibrated on {first['samples']} x {first['seq_len']} tokens, {first['epochs']} epochs. "
+        epochs = sorted({s["epochs"] for s in settings} - {0})
+        many = " or ".join(map(str, epochs))
+        how = f"Calibrated on {first['samples']} x {first['seq_len']} tokens, {many} epochs where any. "
+        how = how.replace(" where any", "") if all(s["epochs"] for s in settings) else how
     lines += [
         "",
-        how + "Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
+        how
+        + "Seconds to quantize, and peak GB while doing so, where other runs may share the machine. "
+        + "Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
         "",
     ]
     return "\n".join(lines) + "\n"

@@ -1,10 +1,14 @@
 """Perplexity of quantized models: one row per configuration, seed and text.
 
     python benchmarks/accuracy.py --model DIR --calib FILE.npy --text wikitext2=FILE.npy \
-        --text python=FILE.txt --config w4a4-rtn --config w4a4-gptq --seeds 3
+        --text python=FILE.txt --config comparison --seeds 3 --plot comparison.png
 
-Rows go to benchmarks/results/accuracy.csv; a row that is there already (same model, text, configuration
-and seed) is not run again. Each run repeats the unquantized baseline. Several jobs can share one GPU.
+A configuration is a recipe (``flatquant recipes`` lists them; a YAML file does too), ``comparison`` (one of each
+system), or a name of the table's older rows, each with changes behind a colon: ``quarot-w4a4:kv=8,shards=2``.
+All calibrate on the same tokens. Rows go to benchmarks/results/accuracy.csv with seconds and peak memory; a row
+that is there already (same model, text, configuration and seed) is not run again. Each run repeats the
+unquantized baseline. Several jobs can share one GPU; their times then say nothing. ``--plot`` draws what the
+CSV has of this model.
 """
 
 import argparse
@@ -17,16 +21,19 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from statistics import mean
 
 import torch
 import transformers
 
 from vllm_flatquant import __version__
 from vllm_flatquant.calibration.data import evaluation_tokens
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.evaluate import perplexity, windows
 from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import choose_device, quantize
-from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.recipe import Recipe
+from vllm_flatquant.calibration.recipes import RECIPES, choose_recipe
 from vllm_flatquant.calibration.reference import load_reference
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -48,18 +55,38 @@ FIELDS = [
     "version",
     "commit",
 ]
-CONFIGS: dict[str, dict] = {
-    "w4a4-rtn": {"scheme": "w4a4"},
-    "w4a4-gptq": {"scheme": "w4a4", "rounding": "gptq"},
-    "w4a8-rtn": {"scheme": "w4a8"},
-    "w4a16-rtn": {"scheme": "w4a16"},
-    "w4a16-gptq": {"scheme": "w4a16", "rounding": "gptq"},
-    "w4a4kv4-rtn": {"scheme": "w4a4", "kv": 4},
-    "w4a4kv8-rtn": {"scheme": "w4a4", "kv": 8},
-    "w4a4-rtn-s2": {"scheme": "w4a4", "shards": 2},
-    "w4a4-rtn-s4": {"scheme": "w4a4", "shards": 4},
-    "w4a4-rtn-s8": {"scheme": "w4a4", "shards": 8},
+OLDER: dict[str, tuple[str, dict]] = {
+    "w4a4-rtn": ("flatquant-w4a4", {}),
+    "w4a4-gptq": ("flatquant-w4a4-gptq", {}),
+    "w4a8-rtn": ("flatquant-w4a8", {}),
+    "w4a16-rtn": ("flatquant-w4a16", {}),
+    "w4a16-gptq": ("flatquant-w4a16-gptq", {}),
+    "w4a4kv4-rtn": ("flatquant-w4a4kv4", {}),
+    "w4a4kv8-rtn": ("flatquant-w4a4kv8", {}),
+    "w4a4-rtn-s2": ("flatquant-w4a4", {"shards": 2}),
+    "w4a4-rtn-s4": ("flatquant-w4a4", {"shards": 4}),
+    "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
+"""Names of rows from before there were recipes: recipe and changes."""
+LEFT_OUT = ("kv8", "w4a8", "-g128")
+"""Variants of recipes that ``comparison`` leaves to whoever asks for them."""
+
+
+def expand(configs: list[str]) -> list[str]:
+    """``comparison`` becomes the recipes that it stands for."""
+    comparison = [name for name in RECIPES if not any(part in name for part in LEFT_OUT)]
+    return [name for c in configs for name in (comparison if c == "comparison" else [c])]
+
+
+def recipe_of(config: str, common: dict) -> tuple[dict, Recipe]:
+    """The settings that a row keeps, and the recipe, of a configuration. UserError if it is unknown."""
+    base, _, extra = config.partition(":")
+    changes = {k: json.loads(v) for k, v in (p.split("=", 1) for p in extra.split(",") if p)}
+    name, older = OLDER.get(base, (base, {}))
+    given = {**common, **older, **changes}
+    recipe = choose_recipe(name, **given).recipe
+    kept = {"recipe": name, **given, "epochs": recipe.epochs}
+    return kept, recipe
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -93,10 +120,12 @@ def run(job: dict) -> list[dict]:
     torch.set_num_threads(job["threads"])
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        model = job["model"]
+        model, peak = job["model"], None
         if job["settings"] is not None:
-            recipe = make_recipe(**job["settings"], seed=job["seed"])
+            recipe = job["recipe"].model_copy(update={"seed": job["seed"]})
             model = str(quantize(model, Path(folder) / "out", recipe, job["calib"], job["device"]))
+            log = (Path(model) / "calibration_log.jsonl").read_text().splitlines()
+            peak = max(json.loads(line).get("peak_memory_gb", 0.0) for line in log)
         seconds = time.monotonic() - start
         network = load_reference(model, device)
         rows = []
@@ -114,7 +143,7 @@ def run(job: dict) -> list[dict]:
                     "settings": json.dumps(job["settings"]),
                     "calib": Path(job["calib"]).name,
                     "seconds": f"{seconds:.0f}",
-                    "peak_memory_gb": f"{peak_memory(device):.2f}",
+                    "peak_memory_gb": f"{peak_memory(device) if peak is None else peak:.2f}",
                     **machine(device),
                     "commit": job["commit"],
                 }
@@ -130,16 +159,20 @@ def main() -> None:
     parser.add_argument("--calib", required=True)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument(
-        "--config", action="append", help=f"name[:key=value,...]; names: {', '.join(CONFIGS)}"
+        "--config",
+        action="append",
+        metavar="NAME[:KEY=VALUE,...]",
+        help=f"a recipe, comparison [the default], or {', '.join(OLDER)}",
     )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, help="instead of the recipe's, where it trains at all")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="perplexity against seconds")
     args = parser.parse_args()
 
     done = set()
@@ -152,11 +185,16 @@ def main() -> None:
     counts = {t: len(windows(read_tokens(args.model, f), args.seq_len, args.limit)) for t, f in texts}
     name = Path(args.model).name
 
-    def settings_of(config: str) -> dict:
-        base, _, extra = config.partition(":")
-        common = {"samples": args.samples, "seq_len": args.seq_len, "epochs": args.epochs}
-        pairs = (p.split("=", 1) for p in extra.split(",") if p)
-        return {**common, **CONFIGS[base], **{k: json.loads(v) for k, v in pairs}}
+    calibration = {"samples": args.samples, "seq_len": args.seq_len}
+    recipes = {}
+    for config in expand(args.config or ["comparison"]):
+        try:
+            settings, recipe = recipe_of(config, calibration)
+            if args.epochs is not None and recipe.epochs:
+                settings, recipe = recipe_of(config, {**calibration, "epochs": args.epochs})
+        except (UserError, ValueError) as error:
+            parser.error(f"--config {config}: {error}")
+        recipes[config] = settings, recipe
 
     common = {
         "model": args.model,
@@ -169,13 +207,11 @@ def main() -> None:
     }
     jobs = [{**common, "config": "unquantized", "seed": 0, "settings": None, "texts": texts}]
     for seed in range(args.seeds):
-        for config in args.config or CONFIGS:
+        for config, (settings, recipe) in recipes.items():
             left = [(t, f) for t, f in texts if (name, t, config, str(seed), str(counts[t])) not in done]
             if left:
-                settings = settings_of(config)
-                jobs.append(
-                    {**common, "config": config, "seed": seed, "settings": settings, "texts": left}
-                )
+                job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
+                jobs.append({**common, **job, "texts": left})
     args.out.parent.mkdir(exist_ok=True)
     fresh = not args.out.exists()
     with args.out.open("a", newline="") as f, mp.get_context("spawn").Pool(args.jobs) as pool:
@@ -202,6 +238,35 @@ def main() -> None:
                     flush=True,
                 )
             f.flush()
+    if args.plot:
+        with args.out.open(newline="") as f:
+            plot([r for r in csv.DictReader(f) if r["model"] == name], args.plot)
+
+
+def plot(rows: list[dict[str, str]], file: Path) -> None:
+    """Perplexity against seconds of calibration, mean over seeds: a panel for each text, its unquantized
+    perplexity as a line. rows: of the CSV, one model's."""
+    from matplotlib import pyplot
+
+    texts = sorted({row["text"] for row in rows})
+    figure, panels = pyplot.subplots(1, len(texts), figsize=(7 * len(texts), 6), squeeze=False)
+    for text, axes in zip(texts, panels[0], strict=True):
+        here = [row for row in rows if row["text"] == text]
+        most = max(int(row["windows"]) for row in here)
+        here = [row for row in here if int(row["windows"]) == most]
+        for config in sorted({row["config"] for row in here}):
+            found = [row for row in here if row["config"] == config]
+            y = mean(float(row["perplexity"]) for row in found)
+            if config == "unquantized":
+                axes.axhline(y, color="0.6", linestyle="--")
+                continue
+            x = mean(float(row["seconds"]) for row in found)
+            axes.plot(x, y, "o")
+            axes.annotate(config, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+        axes.set(title=f"{text} ({most} windows)", xlabel="seconds to quantize", ylabel="perplexity")
+        axes.set_xscale("log")
+    figure.tight_layout()
+    figure.savefig(file, dpi=150)
 
 
 if __name__ == "__main__":

@@ -117,8 +117,8 @@ SCALINGS: dict[str, NamedRecipe] = {
         OMNIQUANT_SETTINGS,
     ),
     "omniquant-w4a16": NamedRecipe(
-        "learned weight clips alone, as published for Llama; no on-line cost",
-        {**OMNIQUANT_SETTINGS, "scheme": "w4a16", "diag": False},
+        "learned diagonals and weight clips for weights only; no on-line cost",
+        {**OMNIQUANT_SETTINGS, "scheme": "w4a16"},
     ),
     "affinequant-w4a4": NamedRecipe(
         "as omniquant-w4a4, with a full matrix for each value head that opens from its diagonal",
