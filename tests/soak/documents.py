@@ -19,6 +19,7 @@ NOT_RUN = {
     "make test": "it runs this test",
     "make test-gpu": "needs a GPU",
     "make soak": "it runs this",
+    "flatquant quantize --out DIR --resume": "needs a run that was stopped; tests/cpu/test_resume.py has them",
     "pip install": "it would change the environment that runs this",
     "docker": "needs Docker, and a GPU to serve",
     "python -m pytest": "a part of make test",
@@ -42,6 +43,7 @@ CHEAP = {
         "--overwrite",
     ],
     "eval": ["--seq-len", "512", "--limit", "1", "--device", "cpu"],
+    "plot": ["--samples", "2", "--seq-len", "64", "--device", "cpu"],
 }
 """Options that make a command of ours quick; the last of two equal options counts."""
 
