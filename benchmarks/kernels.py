@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from timing import RESULTS, Table, clocks, copies, environment, graph_us, summary
 
+from vllm_flatquant.kernels.kron import empty_codes
 from vllm_flatquant.kernels.kron_quant import kron_quant
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
@@ -64,7 +65,8 @@ def gemm_calls(n: int, k: int, count: int) -> dict[str, Callable[[int], Call]]:
         weight_scale = torch.rand(n, 1, device="cuda")
 
         def at(t: int) -> Call:
-            x, scale = random_codes(t, k), torch.rand(t, shards, device="cuda")
+            x = empty_codes(t, k, torch.device("cuda")).copy_(random_codes(t, k))
+            scale = torch.rand(t, shards, device="cuda")
             return lambda i: w4_gemm(x, scale, weights[i], weight_scale, None, BF16)
 
         return at
@@ -208,7 +210,7 @@ def layer_calls(t: int, count: int) -> dict[str, Call]:
     scales = [torch.rand(n, 1, device="cuda") for n, _ in shapes]
     x = {k: torch.randn(t, k, device="cuda", dtype=BF16) for k in (4096, 14336)}
     gate_up = torch.randn(t, 28672, device="cuda", dtype=BF16)
-    codes = {k: random_codes(t, k) for k in (4096, 14336)}
+    codes = {k: empty_codes(t, k, torch.device("cuda")).copy_(random_codes(t, k)) for k in (4096, 14336)}
     one, norm = torch.ones(1, device="cuda"), torch.ones(4096, device="cuda", dtype=BF16)
     hidden, wide, (head, _) = factors(64, 64), factors(112, 128), factors(32, 16)
     token_scale = torch.rand(t, 1, device="cuda")

@@ -215,6 +215,14 @@ def _say_slow(k: int, shards: int, a: int, b: int) -> None:
     )  # fmt: skip
 
 
+def empty_codes(t: int, k: int, device: torch.device) -> Tensor:
+    """Room for codes int8 [T, K], with memory behind them up to a whole token tile of ``w4_gemm``.
+
+    A bulk load that reaches past its array is slow, one that reads bytes nobody uses is not.
+    """
+    return torch.empty(-(-t // 128) * 128, k, dtype=torch.int8, device=device)[:t]
+
+
 def rows(x: Tensor) -> Tensor:
     """``x`` [T, K] with contiguous columns (rows may be apart)."""
     return x if x.stride(-1) == 1 else x.contiguous()

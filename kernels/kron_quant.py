@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .jit import register, tl, triton
-from .kron import fused, kron_wide_ref, load_factors, plan, prefetch, rows, transform
+from .kron import empty_codes, fused, kron_wide_ref, load_factors, plan, prefetch, rows, transform
 from .quantize import qmax, quantize_ref
 
 
@@ -90,7 +90,7 @@ def kron_quant_triton(
     if not fused(x, k, left, right, shards):
         return kron_quant_ref(x, left, right, clip, bits)
     p = plan(x, k, left, right, shards)
-    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
     if t:
         _kron_quant_kernel[p.grid](

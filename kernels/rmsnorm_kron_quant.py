@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .jit import register, tl, triton
-from .kron import fused, load_factors, plan, prefetch, rows, transform
+from .kron import empty_codes, fused, load_factors, plan, prefetch, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
@@ -95,7 +95,7 @@ def rmsnorm_kron_quant_triton(
     if not fused(x, k, left, right, 1):
         return _rmsnorm_kron_quant_torch(x, residual, norm_weight, eps, left, right, clip, bits)
     p = plan(x, k, left, right, 1, "norm")
-    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, 1, dtype=torch.float32, device=x.device)
     total = torch.empty((0,) if residual is None else (t, k), dtype=x.dtype, device=x.device)
     added = x if residual is None else rows(residual)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .jit import register, tl, triton
-from .kron import fused, load_factors, plan, rows, transform
+from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
@@ -98,7 +98,7 @@ def silu_mul_kron_quant_triton(
     if not fused(x, k, left, right, shards):
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
     p = plan(x, k, left, right, shards, "silu")
-    codes = torch.empty(t, k, dtype=torch.int8, device=x.device)
+    codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
     if t:
         _silu_mul_kron_quant_kernel[p.grid](

@@ -244,15 +244,20 @@ def w4_gemm_hopper(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write the product into ``out`` [T, N]. Shapes as ``w4_gemm``; what it can take, ``Tile.fits`` says."""
+    """Write the product into ``out``, [T or more, N]. Shapes as ``w4_gemm``; what it can take, ``Tile.fits`` says.
+
+    Rows of ``out`` beyond T get undefined values.
+    """
     t, k = codes.shape
     blocks, n, _ = weight.shape
     shards = scale.shape[1]
     rows = weight.view(torch.int8).view(blocks * n, 64)
-    x_desc = TensorDescriptor(codes, [t, k], [k, 1], [tile.bm, 128], _layout(128, 8))
+    there = (codes.untyped_storage().nbytes() - codes.storage_offset()) // k  # rows that memory holds
+    x_rows = t if tile.bm < 64 else min(-(-t // tile.bm) * tile.bm, there)
+    x_desc = TensorDescriptor(codes, [x_rows, k], [k, 1], [tile.bm, 128], _layout(128, 8))
     w_desc = TensorDescriptor(rows, [blocks * n, 64], [64, 1], [tile.bn, 64], _layout(64, 8))
     y_desc = TensorDescriptor(
-        out, [t, n], [n, 1], [tile.bm, tile.bn], _layout(128, 8 * out.element_size())
+        out, [out.shape[0], n], [n, 1], [tile.bm, tile.bn], _layout(128, 8 * out.element_size())
     )
     tiles = -(-t // tile.bm) * -(-n // tile.bn)
     partial = count = weight_scale

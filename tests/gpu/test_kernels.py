@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from vllm_flatquant.kernels.jit import hopper
-from vllm_flatquant.kernels.kron import kron, kron_ref
+from vllm_flatquant.kernels.kron import empty_codes, kron, kron_ref
 from vllm_flatquant.kernels.kron_quant import kron_quant, kron_quant_ref
 from vllm_flatquant.kernels.pack import pack_device, unpack_device
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant, rmsnorm_kron_quant_ref
@@ -108,6 +108,10 @@ def test_w4_gemm(n: int, k: int, shards: int, dtype: torch.dtype) -> None:
         want = w4_gemm_ref(codes, scale, weight, weight_scale * 1e-2, bias, torch.float32)
         torch.testing.assert_close(got.float(), want, rtol=2**-8, atol=1e-4)
         assert torch.equal(got, w4_gemm(codes, scale, packed, weight_scale * 1e-2, bias, dtype))
+        roomy = empty_codes(t, k, DEVICE).copy_(
+            codes
+        )  # as the transforms give them: poison behind the rows
+        assert torch.equal(got, w4_gemm(roomy, scale, packed, weight_scale * 1e-2, bias, dtype))
 
 
 def test_w4_gemm_with_more_than_2_gib_of_weights() -> None:
