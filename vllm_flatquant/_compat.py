@@ -35,6 +35,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from .errors import CheckpointError, UnsupportedError
+from .files import check_not_foreign
 from .spec import QUANT_METHOD, SpecError
 
 __all__ = [
@@ -219,6 +220,10 @@ def check_engine_arguments(config_class: Any) -> None:
                 if _reads_safetensors(vllm_config.load_config):
                     _check_folder(vllm_config.quant_config, vllm_config.model_config)
                     _track_other_weights(vllm_config.load_config)
+            elif vllm_config.quant_config is None:
+                check_not_foreign(
+                    Path(vllm_config.model_config.model), vllm_config.model_config.hf_config
+                )
             return vllm_config
         except ValueError as error:
             ours = _our_error(error)

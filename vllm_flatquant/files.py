@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import CheckpointError, shown
 from .sites import check_head_dim, checkpoint_shapes
-from .spec import FlatQuantSpec
+from .spec import FlatQuantSpec, SpecError, foreign_message, foreign_tool
 
 INDEX = "model.safetensors.index.json"
 AGAIN = "download it again or quantize the model again"
@@ -114,6 +114,20 @@ def stored_tensors(folder: Path, skip: Collection[str] = ()) -> dict[str, Stored
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read ({first_line(error)}); {AGAIN}") from None
     return found
+
+
+def check_not_foreign(folder: Path, hf_config: Any) -> None:
+    """Raise SpecError if a folder, which vLLM takes for unquantized, is that of another FlatQuant tool."""
+    found: list[Any] = [getattr(hf_config, "quantization_config", None)]
+    for name in ("quantization_config.json", "quant_model_description.json"):
+        try:
+            found.append(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, RecursionError):
+            continue
+    for config in found:
+        tool = foreign_tool(config) if isinstance(config, Mapping) else None
+        if tool is not None:
+            raise SpecError(foreign_message(str(folder), tool))
 
 
 def first_line(error: Exception) -> str:

@@ -150,7 +150,8 @@ class FlatQuantSpec(_Strict):
 
 
 def foreign_tool(config: Mapping[str, Any]) -> str | None:
-    """Which other FlatQuant tool wrote this ``quantization_config``; None if no known one did."""
+    """Which other FlatQuant tool wrote this ``quantization_config``, or the file beside the weights that it
+    has instead; None if no known one did."""
     if config.get("format") == "pack-quantized" and "config_groups" in config:
         return "a SqueezeBits FlatQuant W4A16 folder"
     if "online_trans" in config or config.get("format") == "packed_int4":
@@ -158,6 +159,14 @@ def foreign_tool(config: Mapping[str, Any]) -> str | None:
     if "FLATQUANT" in str(config.get("model_quant_type", config.get("quantize", ""))):
         return "a vllm-ascend FlatQuant folder (msmodelslim)"
     return None
+
+
+def foreign_message(what: str, tool: str) -> str:
+    """What to do with a checkpoint of another tool."""
+    return (
+        f"{what} is that of {tool}, which vllm-flatquant does not serve as it is; convert the folder with "
+        "`flatquant convert FOLDER --out NEW` and serve NEW"
+    )
 
 
 def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
@@ -169,10 +178,7 @@ def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
     if version is None:
         tool = foreign_tool(config)
         if tool is not None:
-            raise SpecError(
-                f"quantization_config is that of {tool}, which this version does not serve as it is; convert the "
-                "folder with `flatquant convert FOLDER --out NEW` and serve NEW"
-            )
+            raise SpecError(foreign_message("quantization_config", tool))
         raise SpecError(
             "quantization_config says quant_method 'flatquant' but has no format_version: another tool "
             "wrote it; re-quantize the original model with `flatquant quantize`"

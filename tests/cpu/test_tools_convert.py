@@ -14,6 +14,8 @@ from tiny_model import random_tokens
 from vllm_flatquant.calibration.reference import ReferenceLinear, load_reference
 from vllm_flatquant.spec import SpecError, parse_spec
 
+from .vllm_model import engine_config
+
 SITE_OF = {linear: site for site, linears in GROUPS.items() for linear in linears}
 
 
@@ -323,6 +325,22 @@ def test_the_plugin_says_whose_folder_it_met(model, tmp_path):
         config = json.loads((tmp_path / folder / "config.json").read_text())["quantization_config"]
         with pytest.raises(SpecError, match=rf"{name}.*flatquant convert FOLDER --out NEW"):
             parse_spec({"quant_method": "flatquant", **config})
+
+
+def test_vllm_says_it_before_it_loads_anything(model, tmp_path):
+    import vllm_flatquant
+
+    vllm_flatquant.register()
+    makers = {
+        "SqueezeBits": foreign.squeezebits,
+        "RealQuant": foreign.realquant,
+        "ascend": foreign.ascend,
+    }
+    for name, make in makers.items():
+        make(model, tmp_path / name)
+        with pytest.raises(ValueError, match=rf"{name}.*flatquant convert FOLDER --out NEW"):
+            engine_config(tmp_path / name, max_model_len=64)
+    assert engine_config(model, max_model_len=64).quant_config is None
 
 
 def test_a_checkpoint_of_ours_is_not_converted(run, model, tmp_path):

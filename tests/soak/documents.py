@@ -26,6 +26,8 @@ NOT_RUN = {
     "TRITON_INTERPRET=1 python -m pytest": "a part of make test",
     "python benchmarks/": "takes minutes to hours; tests/cpu/test_example_accuracy.py runs the same functions",
     "hf upload": "needs an account",
+    "flatquant convert": "tests/cpu/test_tools_convert.py runs it on each kind of folder",
+    "flatquant eval DIR --tasks": "tests/cpu/test_tools_evaluation.py runs local tasks on both backends",
     "torchrun": "needs several GPUs",
 }
 """Start of a command -> why nothing executes it."""
@@ -109,10 +111,13 @@ def write_inputs(folder: Path) -> None:
     import numpy as np
 
     text = (ROOT / "examples" / "heldout.txt").read_text(encoding="utf-8")[:20_000]
-    for name in ("text.txt", "FILE.txt"):
+    for name in ("text.txt", "FILE.txt", "wiki.test.raw"):
         (folder / name).write_text(text, encoding="utf-8")
     (folder / "text.jsonl").write_text(
         "".join(json.dumps({"text": text[i : i + 5000]}) + "\n" for i in range(0, len(text), 5000))
+    )
+    (folder / "c4.jsonl").write_text(
+        "".join(json.dumps({"text": text[i : i + 10]}) + "\n" for i in range(0, 11_000, 10))
     )
     np.save(folder / "tokens.npy", np.arange(1024) % 2048)
 
