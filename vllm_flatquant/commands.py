@@ -132,7 +132,7 @@ def convert(
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="checkpoint folder to make")],
     model: Annotated[
-        str | None, typer.Option(help="original model, for transforms that come without weights")
+        str | None, typer.Option(help="original model, for what comes without weights or config.json")
     ] = None,
     scheme: Annotated[str | None, typer.Option(help="w4a4, ...: if the source does not say")] = None,
     kv: Annotated[int | None, typer.Option(help="KV-cache bits: if the source does not say")] = None,

@@ -106,6 +106,22 @@ def test_realquant(run, model, tmp_path):
     assert torch.equal(made[norm], source[norm])  # the diagonal is in it already
 
 
+def test_realquant_as_it_is_saved_has_no_config(run, model, tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    foreign.realquant(model, source)
+    options = ("--scheme", "w4a4", "--kv", 16)
+    assert run("convert", source, "--out", tmp_path / "whole", *options)[0] == 0
+    for file in source.iterdir():
+        if file.name not in ("model.safetensors", "quantization_config.json"):
+            file.unlink()
+    refuse(run, source, out, "no config.json", "--model ORIGINAL", options=options)
+    assert run("convert", source, "--out", out, "--model", model, *options)[0] == 0
+    assert (out / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
+    assert "base_model: model\n" in (out / "README.md").read_text()
+
+
 @pytest.mark.parametrize("repeated", [True, False])
 def test_squeezebits(run, model, tmp_path, repeated):
     source = foreign.squeezebits(model, tmp_path / "source", repeated)

@@ -34,7 +34,7 @@ def convert(
 ) -> list[str]:
     """Write ``source`` as a checkpoint to ``out``.
 
-    model: the original model's folder, for transforms that come without weights. scheme, kv: what the
+    model: the original model's folder, for what comes without weights or config.json. scheme, kv: what the
     source does not record. golden: run the model to add a self-test (it must fit into memory).
     Returns what was approximated, in sentences. Raises UserError for a source that is none of ``FORMATS``,
     or holds what ours cannot, and leaves nothing half-written.
@@ -61,8 +61,9 @@ def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | No
     matrices = path / "flat_matrices.pth" if path.is_dir() else path
     if path.is_dir() and (path / "quant_model_description.json").is_file():
         return read_ascend(path)
-    if path.is_dir() and (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        config = read_config(path)
+    if path.is_dir() and any(path.glob("*.safetensors")):
+        # What the official code saves has no config.json, unless someone copied the model's there.
+        config = read_config(path) if (path / "config.json").is_file() else {}
         if isinstance(config.get("quantization_config"), dict):
             if "format_version" in config["quantization_config"]:
                 raise UserError(f"{path} is a checkpoint of flatquant already; serve it as it is")
@@ -74,7 +75,7 @@ def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | No
                 "with --model ORIGINAL instead"
             )
         if any(name.startswith("quantizer.") for name in WeightFiles(path).names):
-            return read_realquant(path, scheme, kv)
+            return read_realquant(path, model, scheme, kv)
     if matrices.is_file():
         return read_matrices(matrices, model, scheme, kv)
     raise UserError(f"{path} is not recognised; what can be converted: {FORMATS}")

@@ -14,7 +14,7 @@ from ..calibration.card import public_name
 from ..calibration.errors import UserError
 from ..calibration.fold import fold_norm, inverse_transpose, round_factor
 from ..calibration.rounding import rtn
-from ..calibration.source import ModelSource, WeightFiles, read_config
+from ..calibration.source import ModelSource, WeightFiles, read_config, resolve_folder
 from ..calibration.weights import Grid
 from ..files import first_line
 from ..kernels.kron import kron_wide_ref
@@ -199,14 +199,20 @@ def _cache(block: Any, matrix: Tensor, inverse_t: Tensor | None = None) -> Block
     return found
 
 
-def read_realquant(path: Path, scheme: str | None, kv: int | None) -> ForeignModel:
-    """A folder of the official code's quantized weights: int4 codes in our packing, transforms in fp16."""
+def read_realquant(path: Path, model: str | None, scheme: str | None, kv: int | None) -> ForeignModel:
+    """A folder of the official code's quantized weights: int4 codes in our packing, transforms in fp16.
+
+    model: has config.json and the tokenizer where the folder, as that code writes it, has not.
+    """
     if scheme is None or kv is None:
         raise UserError(
             f"{path} (RealQuant) does not record the bits of activations and KV cache; add --scheme w4a4 --kv 4, "
             "as it was made"
         )
-    raw = read_config(path)
+    if model is None and not (path / "config.json").is_file():
+        raise UserError(f"{path} (RealQuant) has no config.json; add --model ORIGINAL, whose it takes")
+    side = resolve_folder(model) if model else path
+    raw = read_config(side)
     config, arch = base_config(raw)
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"  # what its runtime computes in, and what its norms are stored in
@@ -225,8 +231,8 @@ def read_realquant(path: Path, scheme: str | None, kv: int | None) -> ForeignMod
         raise UserError(f"{path} holds 4-bit weights; --scheme {scheme} does not")
     found = ForeignModel(
         config=config,
-        side=path,
-        base=base_name(raw, path),
+        side=side,
+        base=public_name(model) if model else base_name(raw, path),
         origin="Converted from quantized weights that the official FlatQuant code saved (RealQuant).",
         spec=spec,
         tensors=iter(()),
