@@ -86,7 +86,7 @@ SPINQUANT_SETTINGS: dict[str, Any] = {
 ROTATIONS: dict[str, NamedRecipe] = {
     "quarot-w4a4": NamedRecipe("Hadamard rotations and GPTQ, nothing trained; minutes", QUAROT_SETTINGS),
     "quarot-w4a4-rtn": NamedRecipe(
-        "as quarot-w4a4 without GPTQ; the fastest that works", {**QUAROT_SETTINGS, "rounding": "rtn"}
+        "as quarot-w4a4 without GPTQ; seconds for each block", {**QUAROT_SETTINGS, "rounding": "rtn"}
     ),
     "quarot-w4a4kv4": NamedRecipe("as quarot-w4a4 with a 4-bit KV cache", {**QUAROT_SETTINGS, "kv": 4}),
     "spinquant-w4a4": NamedRecipe(

@@ -1,6 +1,8 @@
 """Named recipes: the registry, YAML files on top of it, and the options on top of both."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,6 +10,8 @@ import yaml
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.recipe import Recipe
 from vllm_flatquant.calibration.recipes import DEFAULT, RECIPES, choose_recipe
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -28,6 +32,17 @@ def test_each_entry_is_a_recipe_that_its_yaml_gives_back(name, write):
     assert recipe.system.lower().split("+")[0] in name
     assert choose_recipe(write(recipe.to_yaml("text"))).recipe == recipe
     assert RECIPES[name].summary and not RECIPES[name].summary.endswith(".")
+
+
+def test_the_page_lists_the_registry():
+    script = importlib.util.spec_from_file_location("recipes_table", ROOT / ".ci" / "recipes_table.py")
+    module = importlib.util.module_from_spec(script)
+    script.loader.exec_module(module)
+    page = module.PAGE.read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in page for name in RECIPES)
+    assert page == module.with_table(page), "docs/recipes.md is older than the registry: run make readme"
+    for entry in RECIPES.values():
+        assert f"**{entry.recipe().system}**" in page
 
 
 def test_the_default_recipe_is_the_defaults():
