@@ -18,11 +18,13 @@ class FoldedBlock:
     """What a block becomes before its weights are rounded.
 
     tensors: transforms, clips (float32), norms and biases (the model's dtype) by checkpoint name
-    relative to the block. weights: linear name -> float64 [out, in].
+    relative to the block. weights: linear name -> clipped weight, float64 [out, in]. exact: the same before
+    clipping, which computes what the original does.
     """
 
     tensors: dict[str, Tensor]
     weights: dict[str, Tensor]
+    exact: dict[str, Tensor]
 
 
 def round_factor(p: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
             weight, diags[name] = fold_norm(weight, diags[name])
         tensors[f"{norm}.weight"] = weight
 
-    weights = {}
+    weights, exact = {}, {}
     for group, name in zip(arch.groups, block.sites, strict=True):
         for linear_name in group:
             linear: TrainableLinear = block.linear(linear_name)
@@ -106,23 +108,25 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
             if name in diags:
                 weight = weight / diags[name]
             weight = kron_wide_ref(weight, *inverses[name])
+            clipped = weight
             if linear.clip is not None:
-                weight = linear.clip(weight, block.recipe.group_size)
+                clipped = linear.clip(weight, block.recipe.group_size)
             if bias is not None:
                 dtype, bias = bias.dtype, bias.to(device).double()
             if linear_name == arch.qkv[2]:
-                weight = block.value.rows(weight)
+                weight, clipped = block.value.rows(weight), block.value.rows(clipped)
                 bias = block.value.rows(bias[:, None])[:, 0] if bias is not None else None
             if linear_name == arch.gate_up[1] and down_diag is not None:
                 weight = weight * down_diag.double()[:, None]
+                clipped = clipped * down_diag.double()[:, None]
                 bias = bias * down_diag.double() if bias is not None else None
-            weights[linear_name] = weight
+            weights[linear_name], exact[linear_name] = clipped, weight
             if bias is not None:
                 tensors[f"{linear_name}.bias"] = bias.to(dtype)
     _fold_kv(block, tensors)
     covered = {*tensors, *(f"{n}.weight" for n in arch.linears)}
     tensors.update({n: t.to(device) for n, t in source.items() if n not in covered})
-    return FoldedBlock(tensors, weights)
+    return FoldedBlock(tensors, weights, exact)
 
 
 def _fold_kv(block: TrainableBlock, tensors: dict[str, Tensor]) -> None:

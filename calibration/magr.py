@@ -11,6 +11,8 @@ from torch import Tensor
 from .rounding import largest_eigenvalue
 from .weights import grouped
 
+NEWTON_STEPS = 50
+
 
 def shrink_range(
     weight: Tensor, hessian: Tensor, alpha: float, steps: int, group_size: int | None
@@ -34,11 +36,16 @@ def clip_to_prox(v: Tensor, alpha: float) -> Tensor:
     """Proximal map of ``alpha * max|.|`` over the last dimension of v [..., K].
 
     It clips to the level above which the excess of |v| adds up to alpha (Moreau: v minus alpha times the
-    projection of v / alpha on the unit l1 ball); 0 if all of v is less than that.
+    projection of v / alpha on the unit l1 ball); 0 if all of v is less than that. The level is found by Newton
+    steps from below, which end in it after finitely many, because the excess is convex and piecewise linear.
     """
-    magnitude = v.abs().sort(dim=-1, descending=True).values
-    counts = torch.arange(1, v.shape[-1] + 1, device=v.device, dtype=v.dtype)
-    levels = (magnitude.cumsum(dim=-1) - alpha) / counts
-    last = ((magnitude > levels) * counts).argmax(dim=-1, keepdim=True)
-    level = levels.gather(-1, last).clamp(min=0)
+    size = v.abs()
+    level = (size.amax(dim=-1, keepdim=True) - alpha).clamp(min=0)
+    for _ in range(NEWTON_STEPS):
+        above = size > level
+        excess = ((size - level) * above).sum(dim=-1, keepdim=True) - alpha
+        step = excess / above.sum(dim=-1, keepdim=True).clamp(min=1)
+        level = (level + step).clamp(min=0)
+        if not (step > 1e-6 * level).any():
+            break
     return torch.minimum(torch.maximum(v, -level), level)

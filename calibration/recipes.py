@@ -133,7 +133,81 @@ SCALINGS: dict[str, NamedRecipe] = {
     ),
 }
 
-RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS, **SCALINGS}
+PLAIN: dict[str, Any] = {
+    "transforms": [],
+    "diag": False,
+    "weight_clip": False,
+    "activation_clip": 1.0,
+    "epochs": 0,
+}
+"""Nothing on-line and nothing learned: what methods that only round, or only rescale, start from."""
+SMOOTHQUANT_SETTINGS: dict[str, Any] = {
+    **PLAIN,
+    "system": "SmoothQuant",
+    "paper": "arXiv 2211.10438",
+    "diag": ["qkv", "gate_up"],
+    "diag_alpha": 0.85,
+}
+GPTQ_SETTINGS: dict[str, Any] = {
+    **PLAIN,
+    "system": "GPTQ",
+    "paper": "arXiv 2210.17323",
+    "rounding": "gptq",
+    "column_order": "norm",
+}
+QRONOS_SETTINGS: dict[str, Any] = {
+    **GPTQ_SETTINGS,
+    "system": "Qronos",
+    "paper": "arXiv 2505.11695",
+    "rounding": "qronos",
+}
+MAGR_SETTINGS: dict[str, Any] = {
+    **GPTQ_SETTINGS,
+    "system": "MagR",
+    "paper": "arXiv 2406.00800",
+    "magr_alpha": 1e-3,
+}
+ROUNDINGS: dict[str, NamedRecipe] = {
+    "smoothquant-w8a8": NamedRecipe(
+        "outliers moved from activations to weights; 8-bit weights",
+        {**SMOOTHQUANT_SETTINGS, "scheme": "w8a8"},
+    ),
+    "smoothquant-w4a8": NamedRecipe(
+        "as smoothquant-w8a8 with 4-bit weights", {**SMOOTHQUANT_SETTINGS, "scheme": "w4a8"}
+    ),
+    "gptq-w4a16": NamedRecipe(
+        "weights only, error feedback, no transform; the usual baseline",
+        {**GPTQ_SETTINGS, "scheme": "w4a16"},
+    ),
+    "gptq-w4a16-g128": NamedRecipe(
+        "as gptq-w4a16 with a scale for every 128 weights",
+        {**GPTQ_SETTINGS, "scheme": "w4a16", "group_size": 128},
+    ),
+    "qronos-w4a16": NamedRecipe(
+        "as gptq-w4a16, and corrects the error of the layers before",
+        {**QRONOS_SETTINGS, "scheme": "w4a16"},
+    ),
+    "qronos-w3a16": NamedRecipe(
+        "as qronos-w4a16 with 3-bit weights", {**QRONOS_SETTINGS, "scheme": "w3a16"}
+    ),
+    "qronos-w4a4": NamedRecipe(
+        "QuaRot's rotations, rounded by Qronos; nothing trained",
+        {
+            **QUAROT_SETTINGS,
+            **{k: QRONOS_SETTINGS[k] for k in ("system", "paper", "rounding", "column_order")},
+        },
+    ),
+    "magr-w3a16": NamedRecipe(
+        "3-bit weights: their range shrunk first, then GPTQ",
+        {**MAGR_SETTINGS, "scheme": "w3a16", "weight_shrink": 0.9},
+    ),
+    "magr-w2a16": NamedRecipe(
+        "as magr-w3a16 with 2-bit weights",
+        {**MAGR_SETTINGS, "scheme": "w2a16", "weight_shrink": 0.8},
+    ),
+}
+
+RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS, **SCALINGS, **ROUNDINGS}
 """Name -> recipe, in the order in which they are listed."""
 
 

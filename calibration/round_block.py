@@ -30,6 +30,17 @@ class RoundingReport:
     bound: float
 
 
+class _Seen(Exception):
+    """Ends a forward pass at the site that was waited for."""
+
+    def __init__(self, inputs: Tensor):
+        self.inputs = inputs
+
+
+def _stop(inputs: Tensor) -> None:
+    raise _Seen(inputs)
+
+
 @dataclass
 class Stream:
     """A layer with its sites in place, and the inputs [N, T, hidden] that it is run on."""
@@ -41,13 +52,14 @@ class Stream:
     @torch.no_grad()
     def inputs(self, site: str, batch: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """What the site's linears read for ``batch``, after transform and quantization, float32 [T, K]."""
-        kept: list[Tensor] = []
-        self.sites[site].observe = kept.append
+        self.sites[site].observe = _stop
         try:
             self.layer(batch, **kwargs)
+        except _Seen as seen:
+            return seen.inputs.float()
         finally:
             self.sites[site].observe = None
-        return kept[0].float()
+        raise RuntimeError(f"the block does not run its {site} linears")
 
 
 def round_block(
@@ -72,7 +84,7 @@ def round_block(
     exact = None
     if recipe.rounding == "qronos":
         exact = exact_stream(layer, folded, spec, arch, x)
-    sites = install_block(layer, folded.tensors, spec, arch, weights=folded.weights)
+    sites = install_block(layer, folded.tensors, spec, arch, weights=as_float(folded.weights))
     rounded = Stream(layer, sites, x_q)
     tensors, reports = dict(folded.tensors), {}
     grid = Grid(
@@ -83,15 +95,19 @@ def round_block(
         recipe.weight_shrink,
     )
     for group, name in zip(arch.groups, sites, strict=True):
-        weight = torch.cat([folded.weights[linear] for linear in group])  # they share input and order
+        # Rows that share an input are rounded together. Clipping decides the scale; what codes approximate is
+        # the weight before it wherever errors can move on.
+        weights = folded.weights if recipe.rounding == "rtn" else folded.exact
+        weight, ranged = (torch.cat([w[linear] for linear in group]) for w in (weights, folded.weights))
         if recipe.needs_hessian:
             hessian, cross = accumulate(rounded, exact, name, kwargs, recipe.batch_size, device)
             if recipe.magr_alpha:
-                weight = shrink_range(
+                weight = ranged = shrink_range(
                     weight, hessian, recipe.magr_alpha, recipe.magr_steps, recipe.group_size
                 )
+        scale = grid.scale(ranged)
         if recipe.rounding == "rtn":
-            codes, scale = rtn(weight, grid)
+            codes = rtn(weight, scale, grid.bits)
         else:
             try:
                 sweep = prepare(hessian, *recipe.damping_used, recipe.column_order == "norm")
@@ -99,9 +115,9 @@ def round_block(
                 raise UserError(f"{name} inputs of a block: {error}") from None
             reports[name] = RoundingReport(sweep.tried, sweep.bound)
             if cross is None:
-                codes, scale = gptq(weight, sweep, grid, recipe.gptq_block)
+                codes = gptq(weight, scale, sweep, grid.bits, recipe.gptq_block)
             else:
-                codes, scale = qronos(weight, sweep, cross, grid, recipe.gptq_block)
+                codes = qronos(weight, scale, sweep, cross, grid.bits, recipe.gptq_block)
         rows = [len(folded.weights[linear]) for linear in group]
         for linear, some, its_scale in zip(group, codes.split(rows), scale.split(rows), strict=True):
             tensors[f"{linear}.weight_packed"] = pack_codes(some, recipe.weight_bits).contiguous()
@@ -111,6 +127,11 @@ def round_block(
     return tensors, reports
 
 
+def as_float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """In float32, which the layers compute in."""
+    return {name: weight.float() for name, weight in weights.items()}
+
+
 def exact_stream(
     layer: nn.Module, folded: FoldedBlock, spec: FlatQuantSpec, arch: Architecture, x: Tensor
 ) -> Stream:
@@ -118,7 +139,7 @@ def exact_stream(
     copied = copy.deepcopy(layer)
     update = {"activations": Activations(bits=16), "kv": KVCache()}
     sites = install_block(
-        copied, folded.tensors, spec.model_copy(update=update), arch, weights=folded.weights
+        copied, folded.tensors, spec.model_copy(update=update), arch, weights=as_float(folded.exact)
     )
     return Stream(copied, sites, x)
 

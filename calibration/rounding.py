@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..kernels.quantize import codes_ref
-from .weights import Grid, grouped
 
 Rule = Literal["mean", "spectral", "column"]
 
@@ -20,11 +19,10 @@ LAST_RUNG = 1e3
 POWER_STEPS = 50
 
 
-def rtn(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Round to nearest. Returns codes int8 [out, in] and scale float32 [out, groups]."""
-    scale = grid.scale(weight)
-    codes = codes_ref(grouped(weight, grid.group_size), scale.to(weight.dtype), grid.bits)
-    return codes.flatten(-2).to(torch.int8), scale
+def rtn(weight: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Round weight [out, in] to nearest on scale float32 [out, groups]. Returns codes int8 [out, in]."""
+    groups = weight.unflatten(-1, (scale.shape[1], -1))
+    return codes_ref(groups, scale.to(weight.dtype), bits).flatten(-2).to(torch.int8)
 
 
 @dataclass(frozen=True)
@@ -104,26 +102,25 @@ def largest_eigenvalue(matrix: Tensor) -> Tensor:
     return vector.norm()
 
 
-def gptq(weight: Tensor, sweep: Sweep, grid: Grid, block: int = 128) -> tuple[Tensor, Tensor]:
-    """GPTQ, also called OPTQ (arXiv 2210.17323, algorithm 1), with scales fixed beforehand from ``weight``.
+def gptq(weight: Tensor, scale: Tensor, sweep: Sweep, bits: int, block: int = 128) -> Tensor:
+    """GPTQ, also called OPTQ (arXiv 2210.17323, algorithm 1), with scales fixed beforehand.
 
-    weight: [out, in] float64. Columns are rounded in the sweep's order; each one's error moves to those
-    after it, in blocks of ``block``. Returns codes int8 [out, in] and scale float32 [out, groups].
+    weight: [out, in] float64. scale: float32 [out, groups]. Columns are rounded in the sweep's order; each
+    one's error moves to those after it, in blocks of ``block``. Returns codes int8 [out, in].
     """
-    scale = grid.scale(weight)
     steps = column_scale(scale, weight)[:, sweep.order]
     codes = torch.empty_like(weight)
-    round_columns(weight[:, sweep.order], steps, sweep.upper, grid.bits, block, codes)
-    return back_in_order(codes, sweep.order), scale
+    round_columns(weight[:, sweep.order], steps, sweep.upper, bits, block, codes)
+    return back_in_order(codes, sweep.order)
 
 
 def qronos(
-    weight: Tensor, sweep: Sweep, cross: Tensor, grid: Grid, block: int = 128
-) -> tuple[Tensor, Tensor]:
+    weight: Tensor, scale: Tensor, sweep: Sweep, cross: Tensor, bits: int, block: int = 128
+) -> Tensor:
     """Qronos: round so that the rounded layer on the rounded prefix's inputs X~ gives what the exact layer
     gives on the exact inputs X (Zhang et al. 2025; bounds in arXiv 2508.04853).
 
-    weight: [out, in] float64. sweep: of ``H = X~^T X~``. cross: ``G = X~^T X``, float64 [in, in]. With w the
+    weight, scale: as ``gptq``. sweep: of ``H = X~^T X~``. cross: ``G = X~^T X``, float64 [in, in]. With w the
     exact row and 1 the first column of the sweep:
 
         q_1    = Q((G_1 w - H_1,2: w_2:) / H_11)
@@ -131,7 +128,6 @@ def qronos(
 
     and the columns after the first as in GPTQ. Returns as ``gptq``.
     """
-    scale = grid.scale(weight)
     steps = column_scale(scale, weight)[:, sweep.order]
     w = weight[:, sweep.order]
     codes = torch.empty_like(w)
@@ -140,11 +136,11 @@ def qronos(
         sweep.dead
     ]  # of inputs that are always 0, w stays what it is
     first = (w @ g[0] - w[:, 1:] @ h[0, 1:]) / h[0, 0]
-    codes[:, :1] = codes_ref(first[:, None], steps[:, 0], grid.bits)
+    codes[:, :1] = codes_ref(first[:, None], steps[:, 0], bits)
     goal = w @ g[1:].T + sweep.amount[1:] * w[:, 1:] - (codes[:, 0] * steps[:, 0])[:, None] * h[0, 1:]
     rest = sweep.upper[1:, 1:]  # a trailing block of U belongs to the trailing block of H
-    round_columns((goal @ rest.T) @ rest, steps[:, 1:], rest, grid.bits, block, codes[:, 1:])
-    return back_in_order(codes, sweep.order), scale
+    round_columns((goal @ rest.T) @ rest, steps[:, 1:], rest, bits, block, codes[:, 1:])
+    return back_in_order(codes, sweep.order)
 
 
 def column_scale(scale: Tensor, weight: Tensor) -> Tensor:

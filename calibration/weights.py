@@ -66,8 +66,9 @@ def search_ratio(weight: Tensor, bits: int) -> Tensor:
     """The part of each group's largest weight at which clipping errs least.
 
     weight: [out, groups, group_size]. Least sum of |error|^2.4 over 1, 0.99, ..., 0.21 (the search of GPTQ's
-    and QuaRot's code). Returns [out, groups] in weight's dtype.
+    and QuaRot's code). Returns float32 [out, groups].
     """
+    weight = weight.float()
     best = torch.full(weight.shape[:-1], torch.inf, dtype=weight.dtype, device=weight.device)
     ratio = torch.ones_like(best)
     for step in range(80):

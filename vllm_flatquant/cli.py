@@ -28,7 +28,9 @@ def quantize(
         str | None,
         typer.Option(help="a name that `flatquant recipes` lists, or a YAML file [flatquant-w4a4]"),
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="w4a4, w4a8 or w4a16 [recipe]")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="bits of weights and activations, such as w4a8 [recipe]")
+    ] = None,
     kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq [recipe]")] = None,
     group_size: Annotated[

@@ -4,12 +4,29 @@ Qronos corrects a mismatch of inputs, MagR is a proximal map."""
 import pytest
 import torch
 
+from vllm_flatquant.calibration import rounding
 from vllm_flatquant.calibration.magr import clip_to_prox, shrink_range
-from vllm_flatquant.calibration.rounding import gptq, largest_eigenvalue, prepare, qronos, rtn
+from vllm_flatquant.calibration.rounding import largest_eigenvalue, prepare
 from vllm_flatquant.calibration.weights import Grid
 from vllm_flatquant.kernels.quantize import codes_ref, dequantize_weight_ref, qmax, quantize_ref
 
 FOUR = Grid(4)
+
+
+def rtn(weight, grid):
+    """Codes and scale."""
+    scale = grid.scale(weight)
+    return rounding.rtn(weight, scale, grid.bits), scale
+
+
+def gptq(weight, sweep, grid, block=128):
+    scale = grid.scale(weight)
+    return rounding.gptq(weight, scale, sweep, grid.bits, block), scale
+
+
+def qronos(weight, sweep, cross, grid):
+    scale = grid.scale(weight)
+    return rounding.qronos(weight, scale, sweep, cross, grid.bits), scale
 
 
 def problem(rows=24, columns=64, seed=0, tokens=512):

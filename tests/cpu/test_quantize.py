@@ -162,22 +162,26 @@ def test_shards_split_into_files(tmp_path, calib, monkeypatch):
     assert "ok" in next(verify_folder(str(out), "reference"))
 
 
-def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib):
-    model = make_model(tmp_path / "m")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib, dtype):
+    model = make_model(tmp_path / "m", dtype=dtype)
     tensors = load_file(model / "model.safetensors")
     with torch.no_grad():
         layer = "model.layers.0."
         tensors[layer + "self_attn.q_proj.weight"][3] = 0
         tensors[layer + "mlp.down_proj.weight"].zero_()
         tensors[layer + "mlp.up_proj.weight"][5] = tensors[layer + "mlp.up_proj.weight"][4]
-        tensors["model.layers.1.mlp.up_proj.weight"][7] *= 1e4  # an outlier channel, rescaled exactly
-        tensors["model.layers.1.mlp.down_proj.weight"][:, 7] /= 1e4
+        tensors["model.layers.1.mlp.up_proj.weight"][7] *= (
+            2**13
+        )  # an outlier channel: exact but for subnormals
+        tensors["model.layers.1.mlp.down_proj.weight"][:, 7] /= 2**13
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     methods = {
         "rtn": {},
         "gptq": {"rounding": "gptq", "column_order": "norm"},
         "column": {"rounding": "gptq", "damping_rule": "column"},
         "qronos": {"rounding": "qronos", "column_order": "norm"},
+        "magr": {"rounding": "gptq", "magr_alpha": 1e-3, "scheme": "w4a16", "weight_scale": "search"},
     }
     for name, settings in methods.items():
         out = quantize(model, tmp_path / name, make_recipe(**SMALL, **settings), calib, "cpu")

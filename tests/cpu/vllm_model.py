@@ -78,3 +78,22 @@ def tensor_parallel(rank: int, size: int) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def layers_and_references(folder: Path) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Each quantized layer of the checkpoint in ``folder``: its site, and for random inputs what it gives and what
+    calibration's reference gives, both [T, N] in the checkpoint's dtype."""
+    from vllm_flatquant.calibration.reference import load_reference
+    from vllm_flatquant.sites import SITES
+
+    model = load_model(folder)
+    dtype = next(model.model.layers[0].modules()).self_attn.qkv_proj.params_dtype
+    reference = load_reference(folder, dtype=dtype)
+    for block, expected in zip(model.model.layers, reference.model.layers, strict=True):
+        for site in SITES:
+            layer = block.get_submodule(site.module)
+            parent = expected.get_submodule(site.module.partition(".")[0])
+            x = torch.randn(9, layer.input_size).to(dtype)
+            with torch.inference_mode():
+                goal = torch.cat([parent.get_submodule(part)(x) for part in site.parts], dim=-1)
+                yield site.name, layer(x)[0], goal

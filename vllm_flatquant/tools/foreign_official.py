@@ -151,9 +151,9 @@ def _fold(
             if linear == arch.gate_up[1] and down_diag is not None:
                 weight = weight * down_diag.double()[:, None]
                 wide = wide * down_diag.double() if wide is not None else None
-            codes, scale = rtn(
-                weight, Grid(spec.weights.bits, dtype=_scale_dtype(spec.activations.bits, source))
-            )
+            grid = Grid(spec.weights.bits, dtype=_scale_dtype(spec.activations.bits, source))
+            scale = grid.scale(weight)
+            codes = rtn(weight, scale, grid.bits)
             out[f"{linear}.weight_packed"] = pack_codes(codes, spec.weights.bits)
             out[f"{linear}.weight_scale"] = scale
             if wide is not None and bias is not None:
