@@ -22,6 +22,7 @@ from vllm_flatquant.kernels.kron_quant import kron_quant
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.w4_gemm import w4_gemm
+from vllm_flatquant.kernels.w8_linear import w8_linear
 
 TOKENS = [1, 2, 4, 8, 16, 17, 32, 33, 64, 65, 128, 129, 256, 512, 1024, 2048, 4096, 8192]
 GEMMS = {
@@ -158,10 +159,10 @@ def vllm_calls(n: int, k: int, count: int) -> dict[str, Callable[[], Callable[[i
 
 def gemm_floor(kernel: str, t: int, n: int, k: int) -> float:
     """Microseconds below which no kernel of this kind can be."""
-    weight = {"bf16": 2.0, "w4_g": 0.5}.get(
+    weight = {"bf16": 2.0, "w4_g": 0.5, "w8_l": 1.0}.get(
         kernel[:4], 1.0 if "int8" in kernel or kernel.endswith(" fp8") else 0.5
     )
-    act = 2.0 if "bf16" in kernel or "A16" in kernel else 1.0
+    act = 2.0 if "bf16" in kernel or "A16" in kernel or "w8_l" in kernel else 1.0
     rate = BF16_PER_US if act == 2.0 else INT8_PER_US
     return max((n * k * weight + t * k * act + t * n * 2) / BYTES_PER_US, 2 * t * n * k / rate)
 
@@ -317,6 +318,23 @@ def measure_layer(record: Recorder, tokens: list[int]) -> None:
             record.measure(record.wants("layer", kernel, 0, 0, 1, t), call, 4, floor)
 
 
+def measure_head(record: Recorder, tokens: list[int]) -> None:
+    """The output head of a Llama-3-8B, in bf16 and in 8 bits."""
+    n, k = 128256, 4096
+    wide = [torch.randn(n, k, device="cuda", dtype=BF16) for _ in range(2)]
+    codes = [torch.randint(-128, 128, (n, k), dtype=torch.int8, device="cuda") for _ in range(2)]
+    scale = torch.rand(n, 1, device="cuda")
+    for t in tokens:
+        x = torch.randn(t, k, device="cuda", dtype=BF16)
+        calls: dict[str, Call] = {
+            "bf16 cuBLAS": lambda i, x=x: torch.mm(x, wide[i % 2].t()),
+            "w8_linear": lambda i, x=x: w8_linear(x, codes[i % 2], scale),
+        }
+        for kernel, call in calls.items():
+            row = record.wants("head", kernel, n, k, 1, t)
+            record.measure(row, call, 2, gemm_floor(kernel, t, n, k))
+
+
 def show(path: Path, gpu: str, commit: str) -> None:
     """The layer table of one GPU and commit, as Markdown."""
     with path.open() as file:
@@ -341,7 +359,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="layer,transform,gemm")
+    parser.add_argument("--only", default="layer,transform,head,gemm")
     parser.add_argument("--models", default="llama-8b,llama-70b")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--results", type=Path, default=RESULTS / "kernels.csv")
@@ -353,6 +371,8 @@ def main() -> None:
         measure_layer(record, [t for t in tokens if t in (1, 16, 64, 256, 1024, 2048, 8192)])
     if "transform" in args.only:
         measure_transforms(record, [t for t in tokens if t in (1, 16, 256, 2048, 8192)])
+    if "head" in args.only:
+        measure_head(record, [t for t in tokens if t <= 256])
     if "gemm" in args.only:
         measure_gemms(record, args.models.split(","), tokens)
     if args.print:

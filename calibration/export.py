@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..spec import FlatQuantSpec
+from .head import HEAD, PACKED
 from .source import SIDE_FILES, ModelSource, folder_file
 from .staging import CHECKPOINT, Staging, block_stage, check_out
 
@@ -23,6 +24,8 @@ OTHERS = "others"
 """Stage that holds what is outside the blocks."""
 DISTILLED = "distilled"
 """Stage after the blocks whose tensors replace those of the same name."""
+ROUNDED_HEAD = "head"
+"""Stage that holds an 8-bit lm_head."""
 TENSORS = "tensors-*.safetensors"
 """Files of a stage that go into the checkpoint."""
 
@@ -46,12 +49,14 @@ def build_checkpoint(
 
     Files below ``WHOLE_BYTES`` are packed up to ``shard_bytes``; others are linked, which takes no space.
     """
-    stages = (OTHERS, *(block_stage(i) for i in range(blocks)), DISTILLED)
+    stages = (OTHERS, *(block_stage(i) for i in range(blocks)), DISTILLED, ROUNDED_HEAD)
     files = [f for s in stages for f in sorted((staging.folder / s).glob(TENSORS))]
     where: dict[str, Path] = {}
     for file in files:
         with safe_open(file, "pt") as f:
             where.update(dict.fromkeys(f.keys(), file))
+    if PACKED in where:
+        where.pop(HEAD, None)
     names = {file: [n for n, at in where.items() if at == file] for file in files}
     groups = pack([f for f in files if names[f]], SHARD_BYTES if shard_bytes is None else shard_bytes)
     index, total = {}, 0

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels.pack import packing_step
+from ..kernels.w8_linear import w8_linear_ref
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
 from .block import check_shards
 from .card import model_card, public_name
@@ -22,6 +23,7 @@ from .errors import UserError
 from .export import (
     DISTILLED,
     OTHERS,
+    ROUNDED_HEAD,
     build_checkpoint,
     save_others,
     save_tensors,
@@ -40,6 +42,7 @@ from .fingerprint import (
     text_digest,
     token_digest,
 )
+from .head import HEAD, PACKED, SCALE, head_cost, quantize_head
 from .learned_rotation import find_rotation
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
@@ -58,6 +61,8 @@ from .streams import (
 
 ROTATION, MATRICES = "rotation", "matrices.safetensors"
 """Stage of the rotation's matrices, and its file."""
+HEAD_ROWS = 8
+"""Calibration rows on which the cost of an 8-bit head is measured, where so many were followed."""
 GOLDEN_TOKENS = 64
 GOLDEN_TOP = 8
 
@@ -114,6 +119,8 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
         activations=Activations(bits=recipe.activation_bits),  # type: ignore[arg-type]
         kv=KVCache(k_bits=recipe.k_bits, v_bits=recipe.v_bits, symmetric=recipe.kv != 4),  # type: ignore[arg-type]
         shards=recipe.shards,
+        lm_head_bits=recipe.lm_head,
+        ignore=["lm_head"] if recipe.lm_head == 16 else [],
         sites=Sites(
             qkv=factors("qkv", hidden, "hidden_size"),
             o=heads // recipe.shards if "o" in online else None,
@@ -259,6 +266,9 @@ def run_stages(
             with staging.stage(DISTILLED) as folder, seeded(recipe.seed * 1009 + blocks, device):
                 distill_blocks(folder, staging, source, recipe, spec, tokens, device, tell)
         x_q = read_streams(staging.folder / DISTILLED, device)[1]
+    if recipe.lm_head < 16 and not staging.has(ROUNDED_HEAD):
+        with staging.stage(ROUNDED_HEAD) as folder:
+            round_head(folder, staging, source, x_q[:HEAD_ROWS], tokens[:HEAD_ROWS], device, tell)
     with staging.stage(CHECKPOINT) as folder:
         build_checkpoint(folder, staging, blocks)
         write_documents(folder, staging, source, run, spec)
@@ -305,6 +315,28 @@ def distill_blocks(
     write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
 
 
+def round_head(
+    folder: Path,
+    staging: Staging,
+    source: ModelSource,
+    hidden: Tensor,
+    tokens: Tensor,
+    device: torch.device,
+    tell: Callbacks,
+) -> None:
+    """The stage of an 8-bit head. hidden: output of the last finished block [N, T, hidden]."""
+    files = WeightFiles(staging.folder / OTHERS)
+    weight = files.tensor(head_name(source, files))
+    head = quantize_head(weight)
+    norms = WeightFiles(staging.folder / DISTILLED) if staging.has(DISTILLED) else files
+    norm = final_norm(source, norms if norm_name(source) in norms else files, device)
+    hidden = norm(hidden.to(device, torch.float32))
+    report = head_cost(weight, head, hidden, tokens[: len(hidden)])
+    save_tensors(folder, head)
+    write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
+    tell.note(str(report))
+
+
 def streams_stage(done: int) -> str:
     """The stage whose output the block ``done`` reads."""
     return block_stage(done - 1) if done else INPUTS
@@ -328,10 +360,12 @@ def write_documents(
 ) -> None:
     """config.json, tokenizer, recipe, log and model card."""
     config = {k: v for k, v in source.raw_config.items() if k != "_name_or_path"}  # a local path
+    if spec.lm_head_bits < 16:
+        config["tie_word_embeddings"] = False  # the embedding keeps its 16 bits
     write_side_files(folder, source.path, config, spec)
     model, calib = public_name(run.model), public_name(run.calib)
     write_text(folder / "recipe.yaml", run.recipe.to_yaml(calib))
-    stages = [*map(block_stage, range(source.num_blocks)), DISTILLED]
+    stages = [*map(block_stage, range(source.num_blocks)), DISTILLED, ROUNDED_HEAD]
     reports = [staging.folder / stage / REPORT for stage in stages if staging.has(stage)]
     write_text(folder / "calibration_log.jsonl", "".join(r.read_text(encoding="utf-8") for r in reports))
     write_text(folder / "README.md", model_card(source.path, model, spec, run.recipe, calib))
@@ -381,16 +415,34 @@ def golden(
     Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
     """
     n = min(GOLDEN_TOKENS, len(tokens))
-    base = source.arch.blocks.rpartition(".")[0]
-    norm = type(source.model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps).to(
-        device
-    )
-    norm.weight.copy_(files.tensor(f"{base}.norm.weight"))
-    head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
-    logits = norm(hidden[:n].to(device)) @ files.tensor(head).to(device, torch.float32).T
+    states = final_norm(source, files, device)(hidden[:n].to(device))
+    if PACKED in files:
+        logits = w8_linear_ref(states, *(files.tensor(name).to(device) for name in (PACKED, SCALE)))
+    else:
+        logits = states @ files.tensor(head_name(source, files)).to(device, torch.float32).T
     top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
     return {
         "input_ids": tokens[:n].clone(),
         "top_ids": top.indices.cpu(),
         "top_logits": top.values.cpu(),
     }
+
+
+def norm_name(source: ModelSource) -> str:
+    """Name of the weight of the norm before the head."""
+    return f"{source.arch.blocks.rpartition('.')[0]}.norm.weight"
+
+
+def head_name(source: ModelSource, files: WeightFiles) -> str:
+    """Name of the head's 16-bit weight: its own, or the embedding's."""
+    embedding = f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight"
+    return HEAD if HEAD in files else embedding
+
+
+@torch.no_grad()
+def final_norm(source: ModelSource, files: WeightFiles, device: torch.device) -> nn.Module:
+    """The norm before the head, in float32."""
+    kind = type(source.model.model.norm)
+    norm: nn.Module = kind(source.config.hidden_size, source.config.rms_norm_eps).to(device)
+    norm.weight.copy_(files.tensor(norm_name(source)))  # type: ignore[operator]
+    return norm

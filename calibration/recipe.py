@@ -23,7 +23,7 @@ DIAGONALS: tuple[SiteName, ...] = ("qkv", "gate_up", "down")
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
-    system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache.
+    system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache. lm_head: bits of the head.
     shards: blocks of the o_proj and down_proj transforms. samples x seq_len tokens calibrate; each block
     trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
@@ -49,6 +49,7 @@ class Recipe(BaseModel):
     paper: str = "arXiv 2410.09426"
     scheme: str = "w4a4"
     kv: Literal[4, 8, 16] = 16
+    lm_head: Literal[8, 16] = 16
     group_size: int | None = Field(default=None, gt=0)
     rounding: Literal["rtn", "gptq", "qronos"] = "rtn"
     damping: float | None = Field(default=None, gt=0)

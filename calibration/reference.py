@@ -18,6 +18,7 @@ from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
 from .errors import UserError
+from .head import PACKED, SCALE, ReferenceHead
 from .source import (
     ModelSource,
     WeightFiles,
@@ -234,6 +235,8 @@ def load_reference(
             except (RuntimeError, ValueError) as error:
                 raise UserError(f"{path}: {prefix[:-1]} cannot be built ({error})") from None
         state = {n: files.tensor(n) for n in files.names if not n.startswith(arch.blocks + ".")}
+        if spec.lm_head_bits < 16:
+            network.lm_head = ReferenceHead(state.pop(PACKED), state.pop(SCALE))
     network.load_state_dict(state, assign=True, strict=False)
     if getattr(config, "tie_word_embeddings", False):
         network.tie_weights()

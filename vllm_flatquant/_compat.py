@@ -24,6 +24,7 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -47,6 +48,7 @@ __all__ = [
     "LinearBase",
     "LinearMethodBase",
     "PackedvLLMParameter",
+    "ParallelLMHead",
     "QuantizationConfig",
     "QuantizeMethodBase",
     "RowvLLMParameter",

@@ -32,6 +32,9 @@ def quantize(
         str | None, typer.Option(help="bits of weights and activations, such as w4a8 [recipe]")
     ] = None,
     kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
+    lm_head_bits: Annotated[
+        int | None, typer.Option(help="bits of the output head: 16, or 8 (its cost is printed) [recipe]")
+    ] = None,
     rounding: Annotated[str | None, typer.Option(help="rtn or gptq [recipe]")] = None,
     group_size: Annotated[
         int | None, typer.Option(help="weights per scale (w4a16 only) [recipe]")
@@ -77,6 +80,7 @@ def quantize(
     given = {
         "scheme": scheme.lower() if scheme else None,
         "kv": kv,
+        "lm_head": lm_head_bits,
         "rounding": rounding.lower() if rounding else None,
         "group_size": group_size,
         "shards": shards,

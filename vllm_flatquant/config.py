@@ -11,6 +11,7 @@ from ._compat import (
     Attention,
     Deployment,
     LinearBase,
+    ParallelLMHead,
     QuantizationConfig,
     QuantizeMethodBase,
     UnquantizedLinearMethod,
@@ -21,6 +22,7 @@ from .choice import choose_backend
 from .errors import UnsupportedError
 from .files import check_files
 from .linear import FlatQuantLinearMethod, tensor_parallel_message
+from .lm_head import FlatQuantHeadMethod
 from .sites import ignored_parts, is_quantized, rename_rules, site_of
 from .spec import QUANT_METHOD, FlatQuantSpec, parse_spec
 
@@ -107,6 +109,8 @@ class FlatQuantConfig(QuantizationConfig):
                 fusion.install()
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
+        if isinstance(layer, ParallelLMHead) and self.spec.lm_head_bits < 16:
+            return FlatQuantHeadMethod(self.backend.name, prefix)
         if isinstance(layer, Attention):
             # One layer can have a cache dtype of its own (--kv-cache-dtype-skip-layers).
             check_cache_dtype(self.spec, str(layer.kv_cache_dtype))

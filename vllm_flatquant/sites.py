@@ -221,6 +221,14 @@ def checkpoint_shapes(
                     sizes[part] = (outputs, inputs)
         tensors = block_tensors(spec, block, sizes)
         shapes |= {name: shape for name, shape in tensors.items() if shape is not None}
+    if spec.lm_head_bits < 16:
+        if "lm_head.weight" not in shapes:
+            raise CheckpointError(
+                "quantization_config has lm_head_bits=8 but config.json ties lm_head to the embedding; "
+                "config.json was changed, quantize the model again"
+            )
+        rows, columns = shapes.pop("lm_head.weight")
+        shapes |= {"lm_head.weight_packed": (rows, columns), "lm_head.weight_scale": (rows, 1)}
     return shapes
 
 

@@ -114,7 +114,10 @@ class Sites(_Strict):
 
 
 class FlatQuantSpec(_Strict):
-    """The whole ``quantization_config``. ``ignore`` names modules that keep their 16-bit weights."""
+    """The whole ``quantization_config``. ``ignore`` names modules that keep their 16-bit weights.
+
+    lm_head_bits: 8 for a head of int8 codes with one scale per row.
+    """
 
     quant_method: Literal["flatquant"] = "flatquant"
     format_version: Literal[1] = 1
@@ -124,6 +127,7 @@ class FlatQuantSpec(_Strict):
     kv: KVCache = KVCache()
     shards: int = Field(default=1, gt=0)
     transform_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    lm_head_bits: Literal[8, 16] = 16
     ignore: list[str] = ["lm_head"]
     sites: Sites
 
@@ -139,6 +143,8 @@ class FlatQuantSpec(_Strict):
                 f"weights.group_size={self.weights.group_size} with activations.bits="
                 f"{self.activations.bits} cannot be served; use activations.bits=16 or no group_size"
             )
+        if self.lm_head_bits < 16 and "lm_head" in self.ignore:
+            raise ValueError("lm_head_bits=8, but ignore lists lm_head; take it out of ignore")
         if (self.sites.k is None) != (self.kv.k_bits == 16):
             raise ValueError("sites.k must be set exactly when kv.k_bits is below 16")
         return self

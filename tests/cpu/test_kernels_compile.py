@@ -18,6 +18,7 @@ from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
 from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_quant_kernel
 from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_quant_kernel
 from vllm_flatquant.kernels.w4_gemm import _w4_gemm_kernel
+from vllm_flatquant.kernels.w8_linear import _w8_linear_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
 
@@ -65,6 +66,17 @@ def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) 
     assert "cp.async" in ptx
     assert (".local" in ptx) is False
     assert ("griddepcontrol" in ptx) == hopper
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("bm,bn", [(16, 64), (32, 64), (64, 128)])
+def test_w8_linear(arch: int, bm: int, bn: int) -> None:
+    ptx = compiled(_w8_linear_kernel, arch, 4, 4, HAS_BIAS=True, WIDE=False, BM=bm, BN=bn, BK=128).asm[
+        "ptx"
+    ]
+    assert re.search(r"wgmma\.mma_async\S*bf16" if arch == 90 else r"mma\.sync\S*bf16", ptx)
+    assert "cp.async" in ptx
+    assert ".local" not in ptx
 
 
 TRANSFORMS = [

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vllm_flatquant.kernels.pack import pack_codes
-from vllm_flatquant.kernels.quantize import qmax
+from vllm_flatquant.kernels.quantize import qmax, quantize_ref
 from vllm_flatquant.sites import SITES, Site
 
 HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4, 2, 32, 192, 128
@@ -32,6 +32,7 @@ class Recipe:
     k_bits: int = 16
     v_bits: int = 16
     shards: int = 1
+    lm_head_bits: int = 16
     dtype: torch.dtype = torch.float32
     ignore: tuple[str, ...] = ("lm_head",)
     no_site: tuple[str, ...] = ()
@@ -65,7 +66,8 @@ class Recipe:
                 "symmetric": 4 not in (self.k_bits, self.v_bits),
             },
             "shards": self.shards,
-            "ignore": list(self.ignore),
+            "lm_head_bits": self.lm_head_bits,
+            "ignore": [name for name in self.ignore if name != "lm_head" or self.lm_head_bits == 16],
             "sites": sites,
         }
 
@@ -182,6 +184,9 @@ def checkpoint_tensors(recipe: Recipe, model: Any) -> dict[str, Tensor]:
             made = site_tensors(recipe, site, layer, inputs[site.name])
             tensors |= {prefix + name: value for name, value in made.items()}
         tensors |= {prefix + name: value for name, value in kv_tensors(recipe).items()}
+    if recipe.lm_head_bits < 16:
+        codes, scale = quantize_ref(tensors.pop("lm_head.weight").float(), recipe.lm_head_bits)
+        tensors |= {"lm_head.weight_packed": codes, "lm_head.weight_scale": scale.unsqueeze(-1)}
     return tensors
 
 

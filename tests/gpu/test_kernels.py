@@ -21,6 +21,7 @@ from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant, silu
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import PLAIN, Tile
 from vllm_flatquant.kernels.w4_gemm import launch, w4_gemm, w4_gemm_ref
+from vllm_flatquant.kernels.w8_linear import w8_linear, w8_linear_ref
 
 DEVICE = torch.device("cuda")
 TOKENS = [1, 3, 16, 17, 63, 64, 257, 4097]
@@ -311,3 +312,18 @@ def test_opcheck_and_compile() -> None:
     for t in (5, 9, 70):
         x = inputs(t, 384, torch.bfloat16)
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n,k", [(128256, 4096), (1000, 2048), (151936, 896)])
+def test_head(n: int, k: int, dtype: torch.dtype) -> None:
+    """Products of 16-bit numbers are exact in float32: only the order of the sum and one rounding differ."""
+    codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
+    scale, bias = torch.rand(n, 1, device=DEVICE) / 1000 + 1e-4, torch.randn(n, device=DEVICE).to(dtype)
+    for t in (1, 2, 17, 64, 65, 200):
+        x = torch.randn(t, k, device=DEVICE).to(dtype)
+        for b in (None, bias):
+            got, want = w8_linear(x, codes, scale, b).float(), w8_linear_ref(x, codes, scale, b).float()
+            # Above 64 tokens the product is rounded to 16 bits before it is scaled.
+            step = 2 * torch.finfo(dtype).eps * want.abs().clamp(min=1.0)
+            assert ((got - want).abs() <= step).all()

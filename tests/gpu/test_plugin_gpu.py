@@ -90,10 +90,17 @@ def random_prompts():
 
 
 @pytest.mark.parametrize("kv_bits", [16, 8, 4])
-@pytest.mark.parametrize("bits", [8, 16])
-def test_engine_follows_the_reference(tmp_path, bits, kv_bits):
+@pytest.mark.parametrize("bits, head_bits", [(8, 16), (16, 16), (8, 8)])
+def test_engine_follows_the_reference(tmp_path, bits, head_bits, kv_bits):
     """W4A4 of a random model is too sensitive to bf16 for any bound."""
-    recipe = Recipe(bits=bits, k_bits=kv_bits, v_bits=kv_bits, shards=2, dtype=torch.bfloat16)
+    recipe = Recipe(
+        bits=bits,
+        k_bits=kv_bits,
+        v_bits=kv_bits,
+        shards=2,
+        lm_head_bits=head_bits,
+        dtype=torch.bfloat16,
+    )
     write_checkpoint(tmp_path, recipe)
     prompts = random_prompts()
     answers, log = run_engine(tmp_path, prompts)

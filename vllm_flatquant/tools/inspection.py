@@ -95,7 +95,9 @@ def tensor_sizes(files: WeightFiles) -> dict[str, int]:
     sizes = dict.fromkeys(("weights", "scales", "transforms", "other"), 0)
     for name, tensor in files.stored.items():
         kind = "other"
-        if name.endswith("weight_packed"):
+        if name.startswith("lm_head."):
+            kind = "other"
+        elif name.endswith("weight_packed"):
             kind = "weights"
         elif name.endswith("weight_scale"):
             kind = "scales"
@@ -162,7 +164,7 @@ def spec_lines(spec: FlatQuantSpec) -> list[str]:
     return [
         (
             f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
-            f"{spec.activations.bits}-bit activations per token"
+            f"{spec.activations.bits}-bit activations per token; {spec.lm_head_bits}-bit lm_head"
         ),
         f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
         f"transforms  {', '.join(sites) or 'none'}",
