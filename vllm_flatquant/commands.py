@@ -43,7 +43,12 @@ def evaluate(
     update_card: Annotated[
         bool, typer.Option("--update-card", help="put the result and the original's into README.md")
     ] = False,
-    dtype: Annotated[str, typer.Option(help="mathematics outside the integer products")] = "float32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="mathematics outside the integer products [float32; bfloat16 with vLLM on a GPU]"
+        ),
+    ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:

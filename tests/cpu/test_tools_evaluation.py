@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.tools.evaluation import default_dtype
 from vllm_flatquant.tools.protocols import evaluation_windows
 
 ROOT = Path(__file__).parents[2]
@@ -106,6 +107,19 @@ def test_bad_options(run, checkpoint, tmp_path, wiki, options, parts):
     assert err.startswith("flatquant: ")
     assert err.count("\n") == 1
     assert all(part in err for part in parts), err
+
+
+def test_vllm_on_a_gpu_gets_16_bits(run, checkpoint, wiki, monkeypatch):
+    assert [default_dtype(b) for b in ("reference", "vllm", "both")] == ["float32"] * 3
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [default_dtype(b) for b in ("reference", "vllm", "both")] == [
+        "float32",
+        "bfloat16",
+        "bfloat16",
+    ]
+    ask = ("eval", checkpoint, "--text", wiki, "--seq-len", 128, "--limit", 1)
+    status, _, err = run(*ask, "--backend", "vllm", "--dtype", "float32")
+    assert (status, "use --dtype bfloat16" in err) == (1, True), err
 
 
 def test_the_card_gets_both_perplexities_and_stays_a_card(run, checkpoint, wiki):

@@ -1,5 +1,6 @@
 """``flatquant eval``: perplexity on the reference backend, through vLLM, or both, and of the original."""
 
+import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def evaluate(
     seq_len: int | None = None,
     limit: int | None = None,
     backend: str = "reference",
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "auto",
     protocol: str = "plain",
     original: str | None = None,
@@ -37,13 +38,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity of a checkpoint or an unquantized model, and of ``original`` beside it.
 
-    original: the unquantized model; with ``update_card`` the one that the card names, if not given.
+    dtype: of the mathematics outside the integer products [``default_dtype``]. original: the unquantized
+    model; with ``update_card`` the one that the card names, if not given.
     Returns perplexity, tokens (predicted), windows, seq_len, data (the protocol or the text), backend,
     dtype and model; with both backends served_perplexity, difference (served / reference - 1) and
     token_difference (mean absolute difference of a token's log-probability, in nats) too; with an
     original original_perplexity. Raises UserError for bad input.
     """
     check_options(backend, dtype, limit)
+    dtype = dtype or default_dtype(backend)
     if seq_len is not None and seq_len < 2:
         raise UserError(f"seq_len={seq_len} leaves nothing to predict; use 2 or more")
     path = resolve_folder(model)
@@ -83,11 +86,16 @@ def evaluate(
     return result
 
 
-def check_options(backend: str, dtype: str, limit: int | None) -> None:
+def default_dtype(backend: str) -> str:
+    """float32, except where vLLM serves on a GPU: our kernels there have 16-bit types only."""
+    return "bfloat16" if backend != "reference" and torch.cuda.is_available() else "float32"
+
+
+def check_options(backend: str, dtype: str | None, limit: int | None) -> None:
     """UserError for a backend, dtype or limit that does not exist."""
     if backend not in BACKENDS:
         raise UserError(f"backend '{backend}' is unknown; use one of {', '.join(BACKENDS)}")
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype '{dtype}' is unknown; use one of {', '.join(DTYPES)}")
     if limit is not None and limit < 1:
         raise UserError(f"limit={limit} leaves nothing to measure; use 1 or more")
@@ -96,9 +104,24 @@ def check_options(backend: str, dtype: str, limit: int | None) -> None:
 def measure(path: Path, rows: Tensor, backend: str, dtype: str, device: str) -> Tensor:
     """Cross entropy of each token but the first of rows [count, seq_len], float64 [count, seq_len - 1]."""
     if backend == "reference":
-        return token_losses(load_reference(path, choose_device(device), DTYPES[dtype]), rows)
-    read_spec(path)
+        losses = token_losses(load_reference(path, choose_device(device), DTYPES[dtype]), rows)
+        free_gpu()
+        return losses
+    check_served(path, dtype)
     return token_losses_vllm(path, rows, dtype)
+
+
+def free_gpu() -> None:
+    """Give a model's memory back to the GPU: vLLM asks for most of it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def check_served(path: Path, dtype: str) -> None:
+    """UserError if vLLM cannot serve the folder in that dtype on this machine."""
+    if read_spec(path) is not None and dtype == "float32" and torch.cuda.is_available():
+        raise UserError("FlatQuant's GPU kernels have no float32; use --dtype bfloat16 with vLLM")
 
 
 def perplexity_of(losses: Tensor) -> float:

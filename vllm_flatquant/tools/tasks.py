@@ -13,11 +13,11 @@ from ..calibration.card import add_results
 from ..calibration.data import load_tokenizer
 from ..calibration.errors import UserError
 from ..calibration.quantize import choose_device
-from ..calibration.reference import load_reference, read_spec
+from ..calibration.reference import load_reference
 from ..calibration.source import load_config, resolve_folder
 from ..files import first_line
 from . import served
-from .evaluation import DTYPES, card_original, check_options
+from .evaluation import DTYPES, card_original, check_options, check_served, default_dtype, free_gpu
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
@@ -30,7 +30,7 @@ def run_tasks(
     num_fewshot: int | None = None,
     limit: int | None = None,
     backend: str = "reference",
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "auto",
     original: str | None = None,
     update_card: bool = False,
@@ -40,6 +40,7 @@ def run_tasks(
     limit: documents of each task. Raises UserError for bad input or if lm-eval is not installed.
     """
     check_options(backend, dtype, limit)
+    dtype = dtype or default_dtype(backend)
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
@@ -71,6 +72,8 @@ def run_tasks(
         scores[name] = _evaluate(lm, tasks, manager, num_fewshot, limit)
         if through == "vllm":
             lm.model.llm_engine.engine_core.shutdown()
+        del lm
+        free_gpu()
     if update_card:
         add_results(path, card_results(scores, num_fewshot, limit))
     return scores
@@ -85,7 +88,7 @@ def _language_model(path: Path, backend: str, dtype: str, device: str, context: 
         if hasattr(network.config, "quantization_config"):
             del network.config.quantization_config  # lm-eval would look the method up in Transformers
         return HFLM(pretrained=network, tokenizer=load_tokenizer(path), batch_size=1, max_length=context)
-    read_spec(path)
+    check_served(path, dtype)
     served.prepare_engine()
     try:
         from lm_eval.models.vllm_causallms import VLLM
