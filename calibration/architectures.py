@@ -5,6 +5,7 @@ All supported families use one naming; a new one is a new entry in ``ARCHITECTUR
 
 from dataclasses import dataclass
 
+from ..errors import shown
 from .errors import UserError
 
 
@@ -53,6 +54,6 @@ def find_architecture(model_type: str | None) -> Architecture:
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     raise UserError(
-        f"model_type '{model_type}' is not supported; supported are {', '.join(ARCHITECTURES)} "
+        f"model_type '{shown(model_type)}' is not supported; supported are {', '.join(ARCHITECTURES)} "
         "(dense text models)"
     )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import shown
 from ..kernels.kron import kron_ref
 from ..kernels.kron_quant import kron_quant_ref
 from ..kernels.pack import unpack_codes
@@ -195,7 +196,7 @@ def read_spec(path: Path) -> FlatQuantSpec | None:
     if not isinstance(config, dict) or config.get("quant_method") != "flatquant":
         method = config.get("quant_method") if isinstance(config, dict) else config
         raise UserError(
-            f"{path} was quantized by another method ('{method}'); evaluate a flatquant checkpoint or an "
+            f"{path} was quantized by another method ('{shown(method)}'); evaluate a flatquant checkpoint or an "
             "unquantized model"
         )
     try:

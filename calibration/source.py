@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import CheckpointError, UnsupportedError, shown
 from ..files import (
     check_sizes,
     check_tensors,
@@ -60,7 +60,7 @@ class ModelSource:
         if given is not None:
             method = given.get("quant_method", "unknown") if isinstance(given, dict) else given
             raise UserError(
-                f"{self.path} is already quantized (quant_method '{method}'); start from the original model"
+                f"{self.path} is already quantized (quant_method '{shown(method)}'); start from the original model"
             )
         self.arch: Architecture = find_architecture(self.raw_config.get("model_type"))
         self.config: PreTrainedConfig = load_config(self.path)

@@ -18,6 +18,7 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 
 MIX = {"complete": 5, "stream": 3, "cancel": 4, "disconnect": 2, "too_long": 1, "broken": 1}
@@ -80,8 +81,19 @@ def random_prompts(count: int, vocabulary: int, longest: int, seed: int = 0) -> 
 
 
 def connect(address: str, timeout: float = 300) -> openai.AsyncOpenAI:
-    """A client of the server at ``address`` (``http://host:port``) that never tries again by itself."""
-    return openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none", timeout=timeout, max_retries=0)
+    """A client of the server at ``address`` (``http://host:port``) that never tries again by itself.
+
+    Idle connections are given up after a second: vLLM closes them after five, as the openai package does, and
+    a request sent in that very moment would fail without any fault of the server.
+    """
+    limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=1.0)
+    return openai.AsyncOpenAI(
+        base_url=f"{address}/v1",
+        api_key="none",
+        timeout=timeout,
+        max_retries=0,
+        http_client=openai.DefaultAsyncHttpxClient(limits=limits, timeout=timeout),
+    )
 
 
 async def record(
@@ -137,7 +149,9 @@ async def run(
             try:
                 await _send(client, address, model, request, delta, too_long, report)
             except Exception as error:  # noqa: BLE001 (a soak reports every failure and goes on)
-                report.errors.append(f"{request.kind}: {type(error).__name__}: {error}")
+                report.errors.append(
+                    f"{request.kind}: {type(error).__name__}: {error} ({error.__cause__!r})"
+                )
             report.done[request.kind] += 1
 
     async def look() -> None:
