@@ -13,7 +13,9 @@ from torch import Tensor
 from .jit import INTERPRET, register, tl, triton
 from .kron import rows
 
-MOST_TOKENS = 64
+TOKEN_BLOCKS = (16, 32, 64, 128)
+"""Tokens of one program, padded: each is a variant of the kernel, to be compiled at load."""
+MOST_TOKENS = 256
 """Above this the multiplication is no longer bound by the weights' bytes, and cuBLAS takes over."""
 
 _SLICE = 16384
@@ -33,12 +35,13 @@ def _w8_linear_kernel(
     stride_x,
     HAS_BIAS: tl.constexpr,
     WIDE: tl.constexpr,  # multiply in float32: the interpreter's 16-bit products are wrong
-    BM: tl.constexpr,  # at least T
+    BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    row = tl.program_id(0) * BN + tl.arange(0, BN)
-    token = tl.arange(0, BM)
+    # Token blocks that share rows of codes run at the same time, so that these come from DRAM once.
+    token = tl.program_id(0) * BM + tl.arange(0, BM)
+    row = tl.program_id(1) * BN + tl.arange(0, BN)
     column = tl.arange(0, BK)
     acc = tl.zeros((BN, BM), tl.float32)
     for start in range(0, k, BK):
@@ -49,7 +52,7 @@ def _w8_linear_kernel(
             other=0,
         )
         x = tl.load(
-            x_ptr + token[None, :] * stride_x + start + column[:, None],
+            x_ptr + token[None, :].to(tl.int64) * stride_x + start + column[:, None],
             mask=(token[None, :] < t) & inside[:, None],
             other=0.0,
         )
@@ -75,11 +78,12 @@ def w8_linear_triton(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | Non
         return _dequantized(x, codes, scale, bias)
     y = torch.empty(t, n, dtype=x.dtype, device=x.device)
     if t:
-        tokens = max(16, triton.next_power_of_2(t))
+        tokens = next((block for block in TOKEN_BLOCKS if t <= block), TOKEN_BLOCKS[-1])
         block = 64 if tokens < 64 else 128
-        _w8_linear_kernel[(triton.cdiv(n, block),)](
+        _w8_linear_kernel[triton.cdiv(t, tokens), triton.cdiv(n, block)](
             x, codes, scale, x if bias is None else bias, y, t, n, k, x.stride(0), HAS_BIAS=bias is not None,
-            WIDE=INTERPRET or x.dtype == torch.float32, BM=tokens, BN=block, BK=128, num_warps=4, num_stages=4,
+            WIDE=INTERPRET or x.dtype == torch.float32, BM=tokens, BN=block, BK=128,
+            num_warps=8 if tokens == 128 else 4, num_stages=3 if tokens == 128 else 4,
         )  # fmt: skip
     return y
 

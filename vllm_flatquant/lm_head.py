@@ -9,7 +9,7 @@ from . import _compat
 from ._compat import QuantizeMethodBase
 from .dummy import fill_dummy
 from .errors import UnsupportedError
-from .kernels.w8_linear import MOST_TOKENS, w8_linear, w8_linear_ref
+from .kernels.w8_linear import TOKEN_BLOCKS, w8_linear, w8_linear_ref
 from .loading import ExpectedTensors
 
 _warmed: set[Any] = set()
@@ -71,7 +71,7 @@ class FlatQuantHeadMethod(QuantizeMethodBase):
         key = (tuple(codes.shape), self._dtype, layer.bias is None, str(codes.device))
         if self._backend == "triton" and key not in _warmed:
             _warmed.add(key)
-            for tokens in (1, MOST_TOKENS // 2, MOST_TOKENS):
+            for tokens in TOKEN_BLOCKS:
                 x = torch.zeros(tokens, codes.shape[1], dtype=self._dtype, device=codes.device)
                 self.apply(layer, x, layer.bias)
 

@@ -69,11 +69,13 @@ def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) 
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
-@pytest.mark.parametrize("bm,bn", [(16, 64), (32, 64), (64, 128)])
-def test_w8_linear(arch: int, bm: int, bn: int) -> None:
-    ptx = compiled(_w8_linear_kernel, arch, 4, 4, HAS_BIAS=True, WIDE=False, BM=bm, BN=bn, BK=128).asm[
-        "ptx"
-    ]
+@pytest.mark.parametrize(
+    "bm,bn,warps,stages", [(16, 64, 4, 4), (32, 64, 4, 4), (64, 128, 4, 4), (128, 128, 8, 3)]
+)
+def test_w8_linear(arch: int, bm: int, bn: int, warps: int, stages: int) -> None:
+    ptx = compiled(
+        _w8_linear_kernel, arch, warps, stages, HAS_BIAS=True, WIDE=False, BM=bm, BN=bn, BK=128
+    ).asm["ptx"]
     assert re.search(r"wgmma\.mma_async\S*bf16" if arch == 90 else r"mma\.sync\S*bf16", ptx)
     assert "cp.async" in ptx
     assert ".local" not in ptx

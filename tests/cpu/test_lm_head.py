@@ -15,7 +15,7 @@ from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.choice import Choice
 from vllm_flatquant.errors import CheckpointError
-from vllm_flatquant.kernels.w8_linear import MOST_TOKENS, w8_linear_ref
+from vllm_flatquant.kernels.w8_linear import TOKEN_BLOCKS, w8_linear_ref
 from vllm_flatquant.spec import SpecError, parse_spec
 from vllm_flatquant.tools.inspection import verify_folder
 
@@ -87,7 +87,7 @@ def test_vllm_serves_the_reference_logits(checkpoint, monkeypatch, backend):
         lambda self, layer, x, bias=None: calls.append(len(x)) or original(self, layer, x, bias),
     )
     model = load_model(out)
-    assert calls == ([1, MOST_TOKENS // 2, MOST_TOKENS] if backend == "triton" else [])
+    assert calls == (list(TOKEN_BLOCKS) if backend == "triton" else [])
     head = model.lm_head
     assert (head.weight_packed.dtype, head.weight_scale.dtype) == (torch.int8, torch.float32)
     assert not hasattr(head, "weight")

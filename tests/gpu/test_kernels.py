@@ -320,10 +320,10 @@ def test_head(n: int, k: int, dtype: torch.dtype) -> None:
     """Products of 16-bit numbers are exact in float32: only the order of the sum and one rounding differ."""
     codes = torch.randint(-128, 128, (n, k), dtype=torch.int8, device=DEVICE)
     scale, bias = torch.rand(n, 1, device=DEVICE) / 1000 + 1e-4, torch.randn(n, device=DEVICE).to(dtype)
-    for t in (1, 2, 17, 64, 65, 200):
+    for t in (1, 2, 17, 64, 65, 200, 257, 300):
         x = torch.randn(t, k, device=DEVICE).to(dtype)
         for b in (None, bias):
             got, want = w8_linear(x, codes, scale, b).float(), w8_linear_ref(x, codes, scale, b).float()
-            # Above 64 tokens the product is rounded to 16 bits before it is scaled.
+            # Above 256 tokens the product is rounded to 16 bits before it is scaled.
             step = 2 * torch.finfo(dtype).eps * want.abs().clamp(min=1.0)
             assert ((got - want).abs() <= step).all()

@@ -14,7 +14,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
-    "t,n,k", [(0, 40, 128), (1, 130, 96), (5, 64, 300), (33, 200, 128), (MOST_TOKENS, 129, 64)]
+    "t,n,k",
+    [(0, 40, 128), (1, 130, 96), (5, 64, 300), (33, 200, 128), (100, 130, 96), (MOST_TOKENS, 129, 64)],
 )
 def test_w8_linear(t: int, n: int, k: int, bias: bool) -> None:
     torch.manual_seed(t)
