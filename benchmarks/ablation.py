@@ -4,15 +4,17 @@
         --variant 'w4a4;distill_epochs=10' --variant 'w4a4,rounding="gptq";distill_epochs=10,distill_lr=2e-3'
 
 A variant is ``BLOCKS;LAST``: settings of the recipe for the stage block by block, then for the end-to-end stage
-(empty: none); --variants takes a file of them. Variants with equal BLOCKS share that stage, which runs once; both stages run ``--jobs`` at a time on
-one device. BLOCKS may begin with a scheme. Rows go to benchmarks/results/ablation.csv; rows that are there already
-are not measured again.
+(empty: none); --variants takes a file of them, most wanted first. Variants with equal BLOCKS share that stage,
+which runs once; ``--jobs`` stages run at a time on one device. BLOCKS may begin with a scheme. Rows go to
+benchmarks/results/ablation.csv as they come; rows that are there already are not measured again.
 """
 
 import argparse
 import csv
+import gc
 import itertools
 import json
+import math
 import multiprocessing as mp
 import tempfile
 import time
@@ -28,7 +30,7 @@ from torch import Tensor
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.endtoend import LATENT, distill, generated_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
-from vllm_flatquant.calibration.meter import peak_memory
+from vllm_flatquant.calibration.meter import peak_memory, reset_peaks
 from vllm_flatquant.calibration.quantize import (
     choose_device,
     make_spec,
@@ -65,6 +67,7 @@ FIELDS = [
     "commit",
 ]
 GENERATED = "tokens.safetensors"
+EVAL_BATCH = 8
 
 
 def parse(settings: str) -> dict[str, Any]:
@@ -79,7 +82,12 @@ def parse(settings: str) -> dict[str, Any]:
 def start(job: dict[str, Any]) -> torch.device:
     """Sets this process's threads; its device."""
     torch.set_num_threads(job["threads"])
-    return choose_device(job["device"])
+    device = choose_device(job["device"])
+    if device.type == "cuda":  # what the job before left; others share the device
+        gc.collect()
+        torch.cuda.empty_cache()
+    reset_peaks(device)
+    return device
 
 
 def run_blocks(job: dict[str, Any]) -> float:
@@ -141,7 +149,7 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
             {
                 **job["row"],
                 "text": text,
-                "perplexity": f"{perplexity(network, cut):.4f}",
+                "perplexity": f"{perplexity(network, cut, EVAL_BATCH):.4f}",
                 "windows": len(cut),
                 "kl_first": kl[0],
                 "kl_last": kl[1],
@@ -177,6 +185,12 @@ def assemble(
     return network.to(device, torch.float32).eval()
 
 
+def read_variants(files: list[Path]) -> list[str]:
+    """The lines of the files that are neither empty nor comments."""
+    lines = [line.strip() for file in files for line in file.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -188,6 +202,17 @@ def main() -> None:
     parser.add_argument(
         "--variants", type=Path, action="append", default=[], help="file with a variant on each line"
     )
+    parser.add_argument(
+        "--once",
+        type=Path,
+        action="append",
+        default=[],
+        help="as --variants, after them, first seed only",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop then, with the rows so far"
+    )
+    parser.add_argument("--choose", action="append", help="text that decides the order of the summary")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
@@ -198,9 +223,9 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder where the stage block by block stays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    for file in args.variants:
-        lines = map(str.strip, file.read_text().splitlines())
-        args.variant += [line for line in lines if line and not line.startswith("#")]
+    begin = time.monotonic()
+    args.variant += read_variants(args.variants)
+    args.once = read_variants(args.once)
     if not args.variant:
         parser.error("give --variant or --variants")
 
@@ -223,10 +248,20 @@ def main() -> None:
         "threads": max(1, mp.cpu_count() // args.jobs),
     }
     code = commit()
-    first: dict[str, dict[str, Any]] = {}
-    last: list[dict[str, Any]] = []
+    first: set[Path] = set()
+    jobs: list[dict[str, Any]] = []
+
+    def once(job: dict[str, Any]) -> None:
+        if job["folder"] not in first:
+            first.add(job["folder"])
+            jobs.append({**job, "needs": []})
+
     with tempfile.TemporaryDirectory() as temporary:
-        for seed, variant in itertools.product(args.seeds, args.variant):
+        pairs = [
+            *itertools.product(args.seeds, args.variant),
+            *itertools.product(args.seeds[:1], args.once),
+        ]
+        for seed, variant in pairs:
             row = {**about, "variant": variant, "seed": seed, "commit": code}
             left = [
                 (t, f)
@@ -241,49 +276,79 @@ def main() -> None:
             key = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
             folder = args.keep or Path(temporary)
             job["folder"] = folder / f"{key}-{blocks}"
-            first.setdefault(str(job["folder"]), {**job, "stage": run_blocks})
-            job["needs"] = [job["folder"]]
+            needs = [job["folder"]]
+            once({**job, "stage": run_blocks})
             if wanted := job["last"].get("distill_generated", 0):
-                text = folder / f"{key}-generated-{wanted}"
-                first.setdefault(str(text), {**job, "stage": run_generation, "folder": text})
-                job["needs"].append(text)
-            last.append({**job, "texts": left, "row": row})
+                needs.append(folder / f"{key}-generated-{wanted}")
+                once({**job, "stage": run_generation, "folder": needs[-1]})
+            jobs.append({**job, "stage": run_last, "needs": needs, "texts": left, "row": row})
         with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
-            measure(pool, list(first.values()), last, args.out)
+            measure(pool, args.jobs, jobs, args.out, begin + args.seconds)
+    summary(args.out, args.choose or [t for t, _ in texts])
 
 
-def measure(pool: ProcessPoolExecutor, first: list[dict], last: list[dict], out: Path) -> None:
-    """Run both stages; a last stage starts as soon as what it needs is there. Appends rows to ``out``."""
+def measure(
+    pool: ProcessPoolExecutor,
+    jobs: int,
+    waiting: list[dict[str, Any]],
+    out: Path,
+    deadline: float,
+) -> None:
+    """Run the jobs, ``jobs`` at a time, always the first one in ``waiting`` that has what it needs, until
+    ``deadline`` (monotonic seconds). Appends rows to ``out`` as they come; a job that fails is reported, and the
+    others go on."""
     pending: dict[Future, dict] = {}
-    for job in first:
-        if not finished(job["folder"]):
-            job["folder"].mkdir(parents=True, exist_ok=True)
-            pending[pool.submit(job["stage"], job)] = job
-
-    def submit_ready() -> None:
-        for job in [j for j in last if all(map(finished, j["needs"]))]:
-            last.remove(job)
-            pending[pool.submit(run_last, job)] = job
-
-    submit_ready()
-    out.parent.mkdir(exist_ok=True)
+    waiting = [j for j in waiting if "row" in j or not finished(j["folder"])]
+    out.parent.mkdir(parents=True, exist_ok=True)
     fresh = not out.exists()
     with out.open("a", newline="") as f:
         writer = csv.DictWriter(f, FIELDS)
         if fresh:
             writer.writeheader()
-        while pending:
-            for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                job, result = pending.pop(future), future.result()
-                if "row" in job:
-                    writer.writerows(result)
+        while True:
+            ready = (j for j in waiting if all(map(finished, j["needs"])))
+            for job in list(itertools.islice(ready, jobs - len(pending))):
+                waiting.remove(job)
+                job["folder"].mkdir(parents=True, exist_ok=True)
+                pending[pool.submit(job["stage"], job)] = job
+            left = deadline - time.monotonic()
+            if not pending or left <= 0:
+                break
+            for future in wait(pending, timeout=left, return_when=FIRST_COMPLETED).done:
+                job = pending.pop(future)
+                name = job["row"]["variant"] if "row" in job else job["folder"].name
+                if error := future.exception():
+                    print("FAILED", job["seed"], name, repr(error), flush=True)
+                elif "row" in job:
+                    writer.writerows(future.result())
                     f.flush()
-                    for row in result:
+                    for row in future.result():
                         print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
                 else:
-                    (job["folder"] / "seconds").write_text(f"{result:.0f}")
-                    print(job["folder"].name, f"{result:.0f} s", flush=True)
-                    submit_ready()
+                    (job["folder"] / "seconds").write_text(f"{future.result():.0f}")
+                    print(name, f"{future.result():.0f} s", flush=True)
+    for job in [*pending.values(), *waiting]:
+        print("not done:", job["seed"], job["row"]["variant"] if "row" in job else job["folder"].name)
+    for worker in mp.active_children():
+        worker.kill()  # what is not done by now is not wanted
+
+
+def summary(file: Path, choose: list[str]) -> None:
+    """Prints each variant's mean perplexity over its seeds, lowest mean log perplexity of the texts ``choose``
+    first."""
+    found: dict[str, dict[str, list[float]]] = {}
+    with file.open() as f:
+        for row in csv.DictReader(f):
+            texts = found.setdefault(row["variant"], {})
+            texts.setdefault(row["text"], []).append(float(row["perplexity"]))
+    means = {v: {t: sum(p) / len(p) for t, p in texts.items()} for v, texts in found.items()}
+
+    def rank(variant: str) -> float:
+        return sum(math.log(means[variant].get(text, math.inf)) for text in choose)
+
+    for variant in sorted(means, key=rank):
+        seeds = max(map(len, found[variant].values()))
+        print(variant, f"seeds={seeds}", *(f"{t}={p:.4f}" for t, p in means[variant].items()))
 
 
 def finished(folder: Path) -> bool:

