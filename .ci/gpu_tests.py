@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-FIELDS = ["date", "gpu", "cuda", "python", "torch", "triton", "vllm", "commit"]
+FIELDS = ["date", "gpu", "cuda", "python", "torch", "triton", "vllm", "commit", "tests"]
 COUNTS = ["passed", "failed", "skipped", "seconds"]
 
 
@@ -66,6 +66,7 @@ def main() -> int:
         "triton": version("triton"),
         "vllm": version("vllm"),
         "commit": args.commit,
+        "tests": " ".join(args.pytest_args),
         "passed": counter.passed,
         "failed": counter.failed,
         "skipped": counter.skipped,
