@@ -105,7 +105,8 @@ def _numbers(spec: FlatQuantSpec) -> str:
     )
     cache = {16: "16-bit", 8: "8-bit", 4: "4-bit"}
     kv = f"{cache[spec.kv.k_bits]} keys and {cache[spec.kv.v_bits]} values in the KV cache"
-    return f"{spec.weights.bits}-bit weights ({group}), {activations}, {kv}"
+    head = "" if spec.lm_head_bits == 16 else f", {spec.lm_head_bits}-bit lm_head"
+    return f"{spec.weights.bits}-bit weights ({group}), {activations}, {kv}{head}"
 
 
 def _made(recipe: Recipe, calib: str) -> str:

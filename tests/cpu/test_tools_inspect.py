@@ -185,3 +185,23 @@ def test_trouble_has_status_2(run, checkpoints, tmp_path):
     (copy / "recipe.yaml").write_text("a: [")
     status, _, err = run("diff", checkpoints[0], copy)
     assert (status, "recipe.yaml is no YAML" in err) == (2, True)
+
+
+def test_an_8_bit_head_counts_with_the_rest_and_compares_by_code(run, tmp_path, model, calib):
+    from vllm_flatquant.calibration.quantize import quantize
+    from vllm_flatquant.calibration.recipe import make_recipe
+
+    recipe = make_recipe(samples=4, seq_len=24, epochs=0, lm_head=8)
+    out = quantize(model, tmp_path / "out", recipe, str(calib), "cpu")
+    found = json.loads(run("inspect", out, "--json")[1].splitlines()[-1])
+    tensors = load_file(out / "model.safetensors")
+    packed = [t.nbytes for n, t in tensors.items() if n.endswith("packed") and "lm_head" not in n]
+    assert found["bytes"]["weights"] == sum(packed)
+    copy = shutil.copytree(out, tmp_path / "copy")
+    tensors["lm_head.weight_packed"][3, 4] ^= 1
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    status, printed, err = run("diff", out, copy, "--json")
+    assert status == 1, err
+    values = json.loads(printed.splitlines()[-1])["tensors"]["values"]
+    assert list(values) == ["lm_head.weight_packed"]
+    assert values["lm_head.weight_packed"]["max_difference"] == 1

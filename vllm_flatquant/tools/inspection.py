@@ -91,7 +91,8 @@ def describe_folder(folder: str) -> dict[str, Any]:
 
 
 def tensor_sizes(files: WeightFiles) -> dict[str, int]:
-    """Bytes of each kind of tensor, from the headers alone."""
+    """Bytes of each kind of tensor, from the headers alone; ``other``: all that is outside the linears of
+    the blocks."""
     sizes = dict.fromkeys(("weights", "scales", "transforms", "other"), 0)
     for name, tensor in files.stored.items():
         kind = "other"
