@@ -71,7 +71,7 @@ def run_engine(folder, prompts, **environment):
     caches = {name: str(folder / name) for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
     environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | caches
     done = subprocess.run(
-        [*command, "--dtype=bfloat16", "--gpu-memory-utilization=0.2"],
+        [*command, "--dtype=bfloat16", "--gpu-memory-utilization=0.05"],
         input=json.dumps(prompts),
         env=os.environ | environment,
         capture_output=True,

@@ -102,7 +102,7 @@ def run_engine(folder, rows, environment, out, *options):
         [
             *(sys.executable, str(ROOT / "tests/cpu/engine_script.py"), str(folder), str(out)),
             *("--dtype=bfloat16", "--max-num-seqs=256", f"--max-tokens={ANSWER}", "--kv-cache-mib=512"),
-            "--gpu-memory-utilization=0.3",
+            "--gpu-memory-utilization=0.05",
             *(options if not CPU else (*options, "--enforce-eager")),
         ],
         input=json.dumps(rows.tolist()),
@@ -213,8 +213,8 @@ def test_server_under_mixed_requests(tmp_path, checkpoint, environment, scheme):
     longest = min(1000, context - 24)
     prompts = clients.random_prompts(16 if CPU else 64, model.config.vocab_size, longest)
     options = ["--served-model-name", "m", "--dtype", "bfloat16", "--max-num-seqs", "64"]
-    options += ["--max-model-len", str(context), "--gpu-memory-utilization", "0.3"]
-    options += ["--enforce-eager"] if CPU else []
+    options += ["--max-model-len", str(context), "--gpu-memory-utilization", "0.05"]
+    options += ["--enforce-eager"] if CPU else ["--kv-cache-memory-bytes", str(1 << 30)]
     with serve(folder, *options, log=tmp_path / "log", timeout=300, env=environment) as server:
 
         async def soak():
