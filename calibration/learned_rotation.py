@@ -5,6 +5,7 @@ rounds them afterwards (section 4.3 of the paper), else they are fake-quantized 
 (arXiv 2002.01113), which stays on the orthogonal matrices.
 """
 
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,7 @@ from .reference import load_reference
 from .rotation import Rotation, hadamard_rotation, rotate_bias, rotate_weight
 from .source import ModelSource
 
+log = logging.getLogger(__name__)
 MOMENTUM = 0.9
 COPIES = 4
 """Float32 copies of the weights while training: original, rotated, fake-quantized, gradient."""
@@ -147,6 +149,8 @@ def learn_rotation(
         if all(torch.isfinite(m.grad).all() for m in matrices if m.grad is not None):
             optimizer.step()
         schedule.step()
+        if step % 10 == 0 or step == recipe.rotation_steps - 1:
+            log.info("rotation step %d: cross entropy %.4f", step + 1, loss.item())
     return Rotation(nearest_orthogonal(network.r1), [nearest_orthogonal(r) for r in network.r2])
 
 
