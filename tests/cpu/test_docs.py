@@ -54,11 +54,26 @@ def test_command_of_ours_works(command: Command, place, tmp_path, run, monkeypat
         words += ["--backend", "reference"]  # `make soak` replays through vLLM as well
     if "--out" in words and words[0] != "quantize":
         words[words.index("--out") + 1] = str(tmp_path / "out")
+    if "--resume" in words:
+        interrupt(tmp_path / "out")
     status, out, err = run(*words)
     assert status == 0, err
     assert out.strip()
     if "--out" in words and "--dry-run" not in words:
         assert (tmp_path / "out" / "config.json").exists()
+
+
+def interrupt(out: Path) -> None:
+    """Leave a run to ``out`` after its first block, with the settings that ``arguments`` adds."""
+    from vllm_flatquant.calibration.quantize import Callbacks, quantize
+    from vllm_flatquant.calibration.recipe import make_recipe
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipe = make_recipe(samples=4, seq_len=128, epochs=1)
+        quantize(MODEL, out, recipe, "stdlib", "cpu", callbacks=Callbacks(block=stop))
 
 
 SERVED = {command.text: command for command in ALL if command.kind == "serve"}

@@ -244,7 +244,8 @@ def kills_step(options: argparse.Namespace, folder: Path) -> Outcome:
     """Kill -9 ``--kills`` times and resume."""
     command = [
         sys.executable,
-        "tests/soak/kills.py",
+        "-m",
+        "tests.soak.kills",
         "--kills",
         str(options.kills),
         "--seed",
@@ -257,6 +258,15 @@ def kills_step(options: argparse.Namespace, folder: Path) -> Outcome:
         counts,
         {"nothing finished was lost and every byte is the same": counts.get("kills") == options.kills},
     )
+
+
+def plans_step(options: argparse.Namespace, folder: Path) -> Outcome:
+    """Dry runs against what then happens, within 15%; needs a machine that does nothing else."""
+    command = [sys.executable, "-m", "tests.soak.plans"]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    lines = [json.loads(line) for line in done.stdout.strip().splitlines() if line.startswith("{")]
+    counts = {f"{line['model']}_{k}_off": v for line in lines for k, v in line["off"].items()}
+    return outcome(counts, {"estimates within 15%": done.returncode == 0 and len(lines) == 2})
 
 
 def documents_step(options: argparse.Namespace, folder: Path) -> Outcome:
@@ -310,7 +320,13 @@ def environment_of(command: Any) -> dict[str, str]:
     return os.environ | base | given
 
 
-STEPS = {"documents": documents_step, "fuzz": fuzz_step, "clients": clients_step, "kills": kills_step}
+STEPS = {
+    "documents": documents_step,
+    "fuzz": fuzz_step,
+    "clients": clients_step,
+    "kills": kills_step,
+    "plans": plans_step,
+}
 
 
 def environment() -> dict[str, str]:
