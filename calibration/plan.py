@@ -27,6 +27,9 @@ from .streams import FULL, new_stream, record_inputs
 ENOUGH_SECONDS = 2.0
 """Training on more rows is tried until it takes this long: shorter times say little."""
 
+DOCUMENTS, LINES = 10_000, 3_000
+"""Bytes, about, of card, recipe and recorded prompt, and of a block's lines in index and log."""
+
 
 @dataclass
 class Plan:
@@ -120,7 +123,8 @@ def make_plan(
     others = [source.files.size(name) for name in source.other_names()]
     files = [*[large.tensor_bytes] * blocks, *others]
     packed = sum(n for n in files if n < WHOLE_BYTES)
-    side = sum(f.stat().st_size for pattern in SIDE_FILES for f in source.path.glob(pattern))
+    side = DOCUMENTS + blocks * LINES
+    side += sum(f.stat().st_size for pattern in SIDE_FILES for f in source.path.glob(pattern))
     before = generation if blocks > 1 else stream
     cpu, gpu = block_memory(large, recipe, source, len(tokens), row, device)
     edges = edge_memory(source, stream, generation)

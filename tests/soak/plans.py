@@ -1,7 +1,8 @@
 """``flatquant quantize --dry-run`` against what then happens: time, memory and disk of the same run.
 
-``python -m tests.soak.plans`` does it on the example model and on a wider random one. A run's memory and files are
-watched from outside.
+``python -m tests.soak.plans`` does it on the example model and on a wider random one; with ``--shape`` on random blocks of
+a real model's size, such as ``--shape 70b --blocks 2 --device cuda --samples 128 --seq-len 2048 --epochs 1``. A run's memory and
+files are watched from outside, a GPU's memory is that of the log.
 """
 
 import argparse
@@ -35,9 +36,48 @@ WIDE = {
 }
 
 
-def make_estimate(model: Path, out: Path, recipe: Recipe, calib: str, found: Any) -> None:
+SHAPES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64},
+}
+"""Llama 3's, which share the rest."""
+
+
+def make_shape(folder: Path, shape: str, blocks: int) -> Path:
+    """A random bf16 Llama with real-sized blocks, written one tensor at a time in memory of one block."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "llama", **SHAPES[shape], num_key_value_heads=8, vocab_size=128256, num_hidden_layers=blocks
+    )
+    folder.mkdir(parents=True)
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    groups: dict[str, dict[str, torch.Tensor]] = {}
+    for name in shapes:
+        groups.setdefault(name.rpartition(".layers.")[2].partition(".")[0], {})[name] = torch.empty(0)
+    index = {}
+    for number, names in enumerate(groups.values()):
+        file = f"part-{number}.safetensors"
+        for name in names:
+            if len(shapes[name]) == 1:
+                names[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
+            else:
+                scale = shapes[name][-1] ** -0.5
+                names[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=scale)
+        save_file(names, folder / file, metadata={"format": "pt"})
+        index.update(dict.fromkeys(names, file))
+        names.clear()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def make_estimate(model: Path, out: Path, recipe: Recipe, calib: str, device: str, found: Any) -> None:
     """Put the plan as a dict into ``found``."""
-    found.put(asdict(plan_run(model, out, recipe, calib, "cpu")[0]))
+    found.put(asdict(plan_run(model, out, recipe, calib, device)[0]))
 
 
 def start(target: Any, *arguments: Any) -> Any:
@@ -51,26 +91,29 @@ def start(target: Any, *arguments: Any) -> Any:
     return process
 
 
-def compare(model: Path, folder: Path, recipe: Recipe, calib: str) -> dict[str, dict[str, float]]:
+def compare(
+    model: Path, folder: Path, recipe: Recipe, calib: str, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
     """What was estimated for a run, and what was then measured: bytes of memory (resident) and disk, seconds."""
     found = multiprocessing.get_context("forkserver").Queue()
     out = folder / "out"
-    process = start(make_estimate, model, out, recipe, calib, found)
-    plan = found.get(timeout=600)
+    process = start(make_estimate, model, out, recipe, calib, device, found)
+    plan = found.get(timeout=3600)
     process.join()
     begun, memory, disk = time.monotonic(), 0, 0
-    process = start(quantize, model, out, recipe, calib, "cpu")
+    process = start(quantize, model, out, recipe, calib, device)
     while process.exitcode is None:
         memory = max(memory, resident(process.pid))
         disk = max(disk, stored(staging_folder(out)))
         process.join(0.004)
     assert process.exitcode == 0
-    return {
-        "estimated": {"cpu": plan["cpu"], "staging": plan["staging"], "checkpoint": plan["checkpoint"]}
-        | {"seconds": plan["seconds"], "mapped": plan["mapped"]},
-        "measured": {"cpu": memory, "staging": disk, "checkpoint": stored(out)}
-        | {"seconds": time.monotonic() - begun},
-    }
+    names = ("cpu", "staging", "checkpoint", "seconds", *(["gpu"] if plan["gpu"] else []))
+    measured = {"cpu": memory, "staging": disk, "checkpoint": stored(out)}
+    measured["seconds"] = time.monotonic() - begun
+    if plan["gpu"]:
+        log = (out / "calibration_log.jsonl").read_text().splitlines()
+        measured["gpu"] = max(json.loads(line)["peak_memory_gb"] for line in log) * 1e9
+    return {"estimated": {k: plan[k] for k in (*names, "mapped")}, "measured": measured}
 
 
 def resident(pid: int) -> int:
@@ -116,15 +159,42 @@ def wide(folder: Path) -> dict[str, dict[str, float]]:
     return compare(model, folder, make_recipe(**settings), str(folder / "calib.npy"))
 
 
-if __name__ == "__main__":
+def real_sized(folder: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Random blocks of a real model's size."""
+    import numpy as np
+
+    model = make_shape(folder / "model", options.shape, options.blocks)
+    ids = np.random.default_rng(0).integers(0, 128256, (options.samples, options.seq_len))
+    np.save(folder / "calib.npy", ids)
+    settings = {k: getattr(options, k) for k in ("samples", "seq_len", "epochs", "rounding")}
+    return compare(model, folder, make_recipe(**settings), str(folder / "calib.npy"), options.device)
+
+
+def main() -> int:
+    """Compare, print a line of JSON for each model; 1 if an estimate is off by more than ``WITHIN``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=["example", "wide"])
-    only, failed = parser.parse_args().only, False
-    for name, work in {"example": example, "wide": wide}.items():
-        if only in (None, name):
-            with tempfile.TemporaryDirectory() as temporary:
-                result = work(Path(temporary))
+    parser.add_argument("--shape", choices=list(SHAPES))
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--rounding", default="rtn")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=Path, help="where to work [the system's temporary folder]")
+    options, failed = parser.parse_args(), False
+    work = {"example": example, "wide": wide}
+    if options.shape:
+        work = {options.shape: lambda folder: real_sized(folder, options)}
+    for name, measure in work.items():
+        if options.only in (None, name):
+            with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+                result = measure(Path(temporary))
             off = errors(result)
             print(json.dumps({"model": name, **result, "off": off}), flush=True)
             failed |= any(abs(value) > WITHIN for value in off.values())
-    raise SystemExit(failed)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
