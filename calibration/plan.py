@@ -15,8 +15,9 @@ from .data import calibration_tokens
 from .errors import UserError
 from .export import TENSORS, WHOLE_BYTES
 from .fingerprint import scan_weights
+from .head import HEAD
 from .meter import Meter, peak_process, reset_peaks
-from .quantize import choose_device, make_spec, stream_device
+from .quantize import choose_device, head_name, make_spec, stream_device
 from .quantize_block import ERROR_ROWS, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import hadamard_rotation, rotated
@@ -121,7 +122,11 @@ def make_plan(
     row = stream // len(tokens)
     generation = stream + (stream if recipe.follows_quantized else row)
     others = [source.files.size(name) for name in source.other_names()]
-    files = [*[large.tensor_bytes] * blocks, *others]
+    files, dropped = [*[large.tensor_bytes] * blocks, *others], 0
+    if recipe.lm_head < 16:  # int8 codes and a float32 scale for each row, in place of the 16-bit head
+        entries, width = source.files.shape(head_name(source, source.files))
+        files.append(entries * (width + 4))
+        dropped = source.files.size(HEAD) if HEAD in source.other_names() else 0
     packed = sum(n for n in files if n < WHOLE_BYTES)
     side = DOCUMENTS + blocks * LINES
     side += sum(f.stat().st_size for pattern in SIDE_FILES for f in source.path.glob(pattern))
@@ -139,7 +144,7 @@ def make_plan(
             prod(source.files.shape(f"{source.block_prefix(0)}{n}.weight")) for n in source.arch.linears
         ),
         block_bytes=large.tensor_bytes,
-        checkpoint=sum(files) + side,
+        checkpoint=sum(files) - dropped + side,
         staging=sum(files)
         + blocks * large.other_bytes
         + max(generation + before, generation + packed + side),
