@@ -21,7 +21,7 @@ from ..soak.documents import (
 )
 
 ALL = commands()
-OURS = [command for command in ALL if command.kind == "flatquant"]
+OURS = {command.text: command for command in ALL if command.kind == "flatquant"}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("docs")
     write_inputs(folder)
-    squeezebits(make_model(folder / "small"), folder / "SRC", True)
+    squeezebits(make_model(folder / "small"), folder / "SOURCE", True)
     recipe = make_recipe(samples=4, seq_len=128, epochs=0, shards=2)
     quantize(MODEL, folder / "checkpoint", recipe, str(folder / "text.txt"), "cpu")
     return folder
@@ -46,7 +46,7 @@ def test_every_command_is_run_or_listed_with_a_reason():
     assert set(idle) <= {"hf upload", "torchrun", "make soak"}, "reasons for commands that no page has"
 
 
-@pytest.mark.parametrize("command", OURS, ids=[f"{c.page}: {c.text}" for c in OURS])
+@pytest.mark.parametrize("command", OURS.values(), ids=OURS)
 def test_command_of_ours_works(command: Command, place, tmp_path, run, monkeypatch):
     monkeypatch.chdir(place)
     words = arguments(command, place / "checkpoint", tmp_path / "out")

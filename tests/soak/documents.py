@@ -26,7 +26,6 @@ NOT_RUN = {
     "TRITON_INTERPRET=1 python -m pytest": "a part of make test",
     "python benchmarks/": "takes minutes to hours; tests/cpu/test_example_accuracy.py runs the same functions",
     "hf upload": "needs an account",
-    "flatquant convert": "tests/cpu/test_tools_convert.py runs it on each kind of folder",
     "flatquant eval DIR --tasks": "tests/cpu/test_tools_evaluation.py runs local tasks on both backends",
     "torchrun": "needs several GPUs",
 }
