@@ -20,6 +20,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from vllm_flatquant.calibration.reference import load_reference
+from vllm_flatquant.tools.inspection import FLOAT32
+from vllm_flatquant.tools.server import serve
+
 ROOT = Path(__file__).resolve().parents[2]
 CSV = ROOT / "benchmarks" / "results" / "soak.csv"
 CLIENTS = 64
@@ -85,8 +91,6 @@ def quantized_example(folder: Path, *options: str) -> Path:
 
 def clients_step(options: argparse.Namespace, folder: Path) -> Outcome:
     """``CLIENTS`` concurrent clients for ``--minutes`` against one server."""
-    from vllm_flatquant.tools.server import serve
-
     from . import clients
 
     checkpoint = quantized_example(folder)
@@ -174,11 +178,7 @@ def clients_step(options: argparse.Namespace, folder: Path) -> Outcome:
 
 def disagreements(checkpoint: Path, references: list[Any]) -> tuple[int, list[str]]:
     """How many of the server's tokens are not those of the reference backend, which computes them itself, and
-    those of them where its best token leads by more than ``MARGIN``, the bound of ``flatquant inspect``."""
-    import torch
-
-    from vllm_flatquant.calibration.reference import load_reference
-    from vllm_flatquant.tools.inspection import MARGIN
+    those of them where its best token leads by more than ``flatquant inspect`` allows."""
 
     model, others, found = load_reference(checkpoint), 0, []
     for reference in references:
@@ -189,7 +189,7 @@ def disagreements(checkpoint: Path, references: list[Any]) -> tuple[int, list[st
         for position, token in enumerate(reference.tokens):
             lead = (top.values[position, 0] - top.values[position, 1]).item()
             others += token != top.indices[position, 0].item()
-            if token != top.indices[position, 0].item() and lead > MARGIN:
+            if token != top.indices[position, 0].item() and lead > FLOAT32.margin:
                 found.append(
                     f"prompt of {len(reference.prompt)} tokens, position {position}: {token}, lead {lead:.3f}"
                 )
@@ -271,8 +271,6 @@ def plans_step(options: argparse.Namespace, folder: Path) -> Outcome:
 
 def documents_step(options: argparse.Namespace, folder: Path) -> Outcome:
     """The commands of README and docs/ that start vLLM; the others are in tests/cpu/test_docs.py."""
-    from vllm_flatquant.tools.server import serve
-
     from . import documents
 
     documents.write_inputs(folder)
