@@ -13,6 +13,7 @@ from tiny_model import random_tokens
 
 from vllm_flatquant.calibration.reference import ReferenceLinear, load_reference
 from vllm_flatquant.spec import SpecError, parse_spec
+from vllm_flatquant.tools.foreign_vllm import unpack_int32
 
 from .vllm_model import engine_config
 
@@ -363,3 +364,9 @@ def test_a_checkpoint_of_ours_is_not_converted(run, model, tmp_path):
     foreign.squeezebits(model, tmp_path / "source")
     out, _, _ = converted(run, tmp_path / "source", tmp_path / "out")
     refuse(run, out, tmp_path / "again", "already")
+
+
+def test_int32_packing_is_that_of_compressed_tensors():
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    codes = torch.randint(-8, 8, (5, 44), dtype=torch.int8)
+    assert torch.equal(unpack_int32(helpers.pack_to_int32(codes, 4, packed_dim=1), 44), codes)
