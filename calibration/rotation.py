@@ -96,6 +96,7 @@ class RotatedFiles(WeightFiles):
     ):
         self.path = files.path
         self.files, self.arch, self.rotation, self.device = files, arch, rotation, device
+        self.r1 = rotation.r1.to(device, torch.float64)
         base = arch.blocks.rpartition(".")[0]
         self.embedding, self.norm, self.head = (
             f"{base}.embed_tokens.weight",
@@ -112,7 +113,7 @@ class RotatedFiles(WeightFiles):
     def tensor(self, name: str, check: bool = True) -> Tensor:
         """The rotated tensor on the CPU; UserError if the original holds NaN or inf."""
         arch = self.arch
-        dtype, r1 = self.dtype(name), self.rotation.r1.to(self.device, torch.float64)
+        dtype, r1 = self.dtype(name), self.r1
         if name == self.norm:
             return torch.ones_like(self.files.tensor(name, check))
         if name == self.embedding:
