@@ -1,5 +1,6 @@
 """Named recipes: the registry, YAML files on top of it, and the options on top of both."""
 
+import csv
 import importlib.util
 import json
 from pathlib import Path
@@ -34,15 +35,41 @@ def test_each_entry_is_a_recipe_that_its_yaml_gives_back(name, write):
     assert RECIPES[name].summary and not RECIPES[name].summary.endswith(".")
 
 
+def script(file):
+    """The module of a script of this repository."""
+    found = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    return module
+
+
 def test_the_page_lists_the_registry():
-    script = importlib.util.spec_from_file_location("recipes_table", ROOT / ".ci" / "recipes_table.py")
-    module = importlib.util.module_from_spec(script)
-    script.loader.exec_module(module)
+    module = script(ROOT / ".ci" / "recipes_table.py")
     page = module.PAGE.read_text(encoding="utf-8")
     assert all(f"| `{name}` |" in page for name in RECIPES)
     assert page == module.with_table(page), "docs/recipes.md is older than the registry: run make readme"
     for entry in RECIPES.values():
         assert f"**{entry.recipe().system}**" in page
+
+
+def test_configurations_of_the_comparison(tmp_path):
+    accuracy = script(ROOT / "benchmarks" / "accuracy.py")
+    common = {"samples": 8, "seq_len": 32}
+    with accuracy.RESULTS.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = accuracy.expand(["comparison"])
+    assert {RECIPES[name].recipe().system for name in names} == {
+        entry.recipe().system for entry in RECIPES.values()
+    }
+    for name in {row["config"] for row in rows} - {"unquantized"} | {*accuracy.OLDER, *names}:
+        settings, recipe = accuracy.recipe_of(name, common)
+        assert (recipe.samples, recipe.seq_len) == (8, 32)
+        assert settings["epochs"] == recipe.epochs and settings["recipe"] in RECIPES
+    settings, recipe = accuracy.recipe_of("w4a4-rtn-s4:kv=8,lr=0.5", common)
+    assert (recipe.shards, recipe.kv, recipe.lr, settings["lr"]) == (4, 8, 0.5, 0.5)
+    pytest.importorskip("matplotlib")
+    accuracy.plot([row for row in rows if row["model"] == "tiny-llama"], tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10000
 
 
 def test_the_default_recipe_is_the_defaults():
