@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .rotation import hadamard_rotation, rotated
 from .source import SIDE_FILES, ModelSource
 from .staging import check_out, sync
+from .steps import EAGER_STEPS
 from .streams import FULL, new_stream, record_inputs
 
 ENOUGH_SECONDS = 2.0
@@ -110,13 +111,16 @@ def make_plan(
 
     tokens: calibration rows int64 [N, T]. folder: where the run will write; a temporary folder is made in it and
     removed. checked: seconds that reading all weights took.
-    Time: phases that work on rows are fitted by a line through two trials, training by its steps. Memory: a
+    Time: phases that work on rows are fitted by a line through the last two trials, training by its steps. Memory: a
     trial's peak in each phase plus the streams of the rows that it did not have. Disk: sizes of files.
     """
     base, size = peak_now(), recipe.batch_size
+    captured = EAGER_STEPS if device.type == "cuda" else 0  # steps before those that most are like
     small = large = try_block(source, recipe, spec, tokens[: 2 * size], device, folder)
-    while large.rows < len(tokens) and (large is small or large.meter.seconds["train"] < ENOUGH_SECONDS):
-        large = try_block(source, recipe, spec, tokens[: 4 * large.rows], device, folder)
+    while large.rows < len(tokens) and (
+        large is small or small.steps <= captured or large.meter.seconds["train"] < ENOUGH_SECONDS
+    ):
+        small, large = large, try_block(source, recipe, spec, tokens[: 4 * large.rows], device, folder)
     phases = block_seconds(small, large, recipe, len(tokens))
     blocks, stream = source.num_blocks, tokens.numel() * source.config.hidden_size * 4
     row = stream // len(tokens)
