@@ -175,7 +175,7 @@ class Recipe(BaseModel):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"samples": 16, "seq_len": 256, "epochs": 3},
+    "quick": {"samples": 16, "seq_len": 256, "epochs": 3, "rotation_steps": 10},
 }
 """Named settings for ``--preset``. ``quick`` is reduced: for trying things out, not for accuracy."""
 
