@@ -1,6 +1,7 @@
 """Bad input to the commands beside quantize and eval: one sentence, a status that is not 0, nothing written."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -201,7 +202,9 @@ def test_command_line_itself(run, place, monkeypatch, words, part):
     assert "Traceback" not in err
 
 
-def test_a_card_that_is_damaged_does_not_stop_diff(run, place, tmp_path, monkeypatch):
-    monkeypatch.chdir(place)
-    status, out, _ = run("diff", "q", "q", "--json")
+@pytest.mark.parametrize("card", ["---\n: [\n---\n", "\x00", ""])
+def test_a_card_that_is_damaged_does_not_stop_diff(run, place, tmp_path, card):
+    shutil.copytree(place / "q", tmp_path / "q")
+    (tmp_path / "q" / "README.md").write_text(card)
+    status, out, _ = run("diff", place / "q", tmp_path / "q", "--json")
     assert (status, json.loads(out.splitlines()[-1])["same"]) == (0, True)
