@@ -14,6 +14,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+from client import complete, stream  # beside this script
 from openai import OpenAI
 
 from vllm_flatquant.tools.server import serve
@@ -75,31 +76,14 @@ def ask(address: str) -> None:
     """One completion and one streamed chat completion through the `openai` client."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
     prompt = "import os\n\ndef read_file(path):\n"
-    completion = client.completions.create(
-        model="tiny-llama", prompt=prompt, max_tokens=48, temperature=0
-    )
-    text = completion.choices[0].text
+    text = complete(client, "tiny-llama", prompt, 48)
     if not text:
         raise RuntimeError("the completion is empty")
     print(f"\n-- completion\n{prompt}{text}")
 
     question = "Return the names of the files in a directory."
-    stream = client.chat.completions.create(
-        model="tiny-llama",
-        messages=[{"role": "user", "content": question}],
-        max_tokens=48,
-        temperature=0,
-        stream=True,
-    )
     print(f"\n-- chat completion, streamed\n# {question}")
-    pieces = 0
-    for chunk in stream:
-        piece = chunk.choices[0].delta.content if chunk.choices else None
-        if piece:
-            print(piece, end="", flush=True)
-            pieces += 1
-    print()
-    if not pieces:
+    if not stream(client, "tiny-llama", question, 48):
         raise RuntimeError("the streamed chat completion is empty")
 
 
