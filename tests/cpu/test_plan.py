@@ -1,7 +1,7 @@
 """A dry run foretells the run that follows, refuses what the run would refuse, and leaves nothing.
 
-Memory is that of the whole process, so the streams here are made large beside the libraries' part. Time is bounded
-by a factor of four only: the machine may be busy; ``make soak`` checks it within 15% (tests/soak/plans.py).
+Memory is that of the whole process, so the streams here are made large beside the libraries' part. Time is processor
+time, within 40% because the run is short; ``make soak`` checks longer ones within 15% (tests/soak/plans.py).
 """
 
 import numpy as np
@@ -25,7 +25,7 @@ def test_the_run_takes_what_was_foretold(tmp_path):
     assert abs(off["cpu"]) < 0.1, result
     assert abs(off["staging"]) < 0.15, result
     assert abs(off["checkpoint"]) < 0.05, result
-    assert -0.75 < off["seconds"] < 3, result
+    assert abs(off["seconds"]) < 0.4, result
 
 
 def test_time_of_training_goes_with_the_steps(tmp_path, model, calib):

@@ -261,7 +261,7 @@ def kills_step(options: argparse.Namespace, folder: Path) -> Outcome:
 
 
 def plans_step(options: argparse.Namespace, folder: Path) -> Outcome:
-    """Dry runs against what then happens, within 15%; needs a machine that does nothing else."""
+    """Dry runs against what then happens, within 15%."""
     command = [sys.executable, "-m", "tests.soak.plans"]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
     lines = [json.loads(line) for line in done.stdout.strip().splitlines() if line.startswith("{")]
