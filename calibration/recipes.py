@@ -154,6 +154,7 @@ GPTQ_SETTINGS: dict[str, Any] = {
     "paper": "arXiv 2210.17323",
     "rounding": "gptq",
     "column_order": "norm",
+    "weight_scale": "search",
 }
 QRONOS_SETTINGS: dict[str, Any] = {
     **GPTQ_SETTINGS,
@@ -165,6 +166,7 @@ MAGR_SETTINGS: dict[str, Any] = {
     **GPTQ_SETTINGS,
     "system": "MagR",
     "paper": "arXiv 2406.00800",
+    "weight_scale": "max",
     "magr_alpha": 1e-3,
 }
 ROUNDINGS: dict[str, NamedRecipe] = {

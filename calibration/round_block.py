@@ -157,10 +157,10 @@ def accumulate(
     goals = batches(exact.x, batch_size, device) if exact is not None else None
     for batch in batches(rounded.x, batch_size, device):
         z = rounded.inputs(site, batch, kwargs)
-        product = (z.T @ z).double()
-        hessian = product if hessian is None else hessian.add_(product)
+        product = z.T @ z
+        hessian = product.double() if hessian is None else hessian.add_(product)
         if exact is not None and goals is not None:
-            product = (z.T @ exact.inputs(site, next(goals), kwargs)).double()
-            cross = product if cross is None else cross.add_(product)
+            product = z.T @ exact.inputs(site, next(goals), kwargs)
+            cross = product.double() if cross is None else cross.add_(product)
     assert hessian is not None
     return hessian, cross

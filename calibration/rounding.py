@@ -88,9 +88,12 @@ def prepare(hessian: Tensor, fraction: float, rule: Rule = "mean", by_norm: bool
 def inverse_upper(matrix: Tensor) -> Tensor | None:
     """Upper Cholesky factor of the inverse of ``matrix`` [K, K], None if that is not positive definite."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
+    del matrix  # a wide layer's is gigabytes
     if failed:
         return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    inverse = torch.cholesky_inverse(factor)
+    del factor
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
     return None if failed or not torch.isfinite(upper).all() else upper
 
 

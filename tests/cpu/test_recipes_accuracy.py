@@ -4,23 +4,18 @@ Calibration is tiny, so trained recipes take few steps at a larger rate than the
 half of what was measured (docs/decisions.md has the measurements, and the order that did not show).
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from vllm_flatquant.calibration.data import calibration_tokens, evaluation_tokens
-from vllm_flatquant.calibration.evaluate import perplexity, windows
+from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.learned_rotation import SpinNetwork, learn_rotation
-from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipes import choose_recipe
-from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.calibration.rotation import hadamard_rotation
 from vllm_flatquant.calibration.source import ModelSource
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-MODEL = EXAMPLES / "tiny-llama"
+from .example_model import MODEL, Checkpoints
+
 FEW = {"samples": 16, "seq_len": 128}
 TRAINED = {**FEW, "epochs": 6, "batch_size": 4, "lr": 0.02}
 PLAIN = {**FEW, "epochs": 0, "diag": False, "weight_clip": False}
@@ -30,18 +25,8 @@ PLAIN = {**FEW, "epochs": 0, "diag": False, "weight_clip": False}
 @pytest.fixture(scope="module")
 def measure(tmp_path_factory):
     """Perplexity of a recipe's checkpoint on held-out text, quantized once."""
-    rows = windows(evaluation_tokens(MODEL, str(EXAMPLES / "heldout.txt"), None, None), 512, 8)
-    known = {}
-
-    def run(name, **settings):
-        key = (name, *sorted(settings.items()))
-        if key not in known:
-            recipe = choose_recipe(name, **settings).recipe
-            out = quantize(MODEL, tmp_path_factory.mktemp("q") / "out", recipe, "stdlib", "cpu")
-            known[key] = perplexity(load_reference(out), rows)
-        return known[key]
-
-    return run
+    checkpoints = Checkpoints(tmp_path_factory.mktemp("q"), 8)
+    return lambda name, **settings: checkpoints.make(name, **settings)[0]
 
 
 @pytest.mark.parametrize("name", ["quarot-w4a4-rtn", "quarot-w4a4"])
