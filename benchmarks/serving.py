@@ -8,8 +8,8 @@
     python benchmarks/serving.py --print                        # the README's tables; --plot FILE.png
 
 Same vLLM, same settings for every format, each in a process of its own; bf16 is measured again in every run and
-ratios are only taken within a run. Rows are appended as they are measured; a format whose rows are there for
-this GPU, vLLM, commit and model is skipped. The log of each engine tells which kernel ran, and a format that
+ratios are only taken within a run. Rows are appended as they are measured, and what is there for this GPU, vLLM,
+commit and model is not measured again. The log of each engine tells which kernel ran, and a format that
 ran as something else is recorded as that. Speed on random weights; accuracy is another benchmark's.
 """
 
@@ -22,11 +22,20 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import serving_live
-from serving_formats import FORMATS, MODELS, ran_as, weight_bytes, write_model
+from serving_formats import (
+    FORMATS,
+    MODELS,
+    from_cache,
+    fusion_lines,
+    ran_as,
+    weight_bytes,
+    write_model,
+)
 from serving_tables import KEY, plot, print_profile, print_tables, read_rows
 from timing import RESULTS, Table, commit
 
@@ -81,6 +90,28 @@ def graphics_card() -> tuple[str, float]:
     return name, float(mebibytes) * 2**20
 
 
+def follow(process: subprocess.Popen, out: Path, limit: float) -> Iterator[dict[str, Any]]:
+    """The JSON lines that a process writes to a file, as they come, until it ends or ``limit`` seconds are over."""
+    deadline, seen, running = time.monotonic() + limit, 0, True
+    while running and time.monotonic() < deadline:
+        running = process.poll() is None
+        lines = out.read_text().split("\n")[:-1] if out.exists() else []  # whole ones
+        yield from map(json.loads, lines[seen:])
+        seen = len(lines)
+        if running:
+            time.sleep(0.5)
+
+
+def log_figures(log: str) -> Iterator[dict[str, Any]]:
+    """Rows of what the log of an engine that has started says of memory and of the parts of the start."""
+    for measure, (pattern, unit) in LOG_FIGURES.items():
+        if found := re.findall(pattern, log):
+            yield {"measure": measure, "value": float(found[-1]), "unit": unit}
+    peaks = [int(peak) for peak in re.findall(r"load: peak (\d+) bytes", log)]
+    if any(peaks):
+        yield {"measure": "load_peak", "value": max(peaks) / 2**30, "unit": "GiB"}
+
+
 class Run:
     """One call of this script: where its rows go and what they have in common."""
 
@@ -124,9 +155,13 @@ class Run:
             options |= {"enforce_eager": True, "max_model_len": 512}
         return options
 
+    def cache(self, model: str, name: str) -> Path:
+        """The folder of a format's compile caches."""
+        return self.args.cache / self.label(model).replace(" ", "-") / name
+
     def environment(self, model: str, name: str) -> dict[str, str]:
         """What the processes of a format get."""
-        cache = self.args.cache / self.label(model).replace(" ", "-") / name
+        cache = self.cache(model, name)
         # Formats of one kind share kernels, and what one compiled the next need not.
         kernels = cache.parent / ("flatquant-triton" if FORMATS[name].flatquant else "triton")
         paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
@@ -142,8 +177,8 @@ class Run:
             **FORMATS[name].env,
         }
 
-    def engine(self, model: str, name: str, wanted: list[str]) -> list[dict[str, Any]]:
-        """Measure one format in one engine; the rows it wrote. What fails is printed."""
+    def engine(self, model: str, name: str, wanted: list[str]) -> Iterator[dict[str, Any]]:
+        """Measure one format in one engine; its rows, as they come. What fails is printed."""
         folder = write_model(
             self.work / name / "model", model, FORMATS[name], self.args.tensor_parallel_size
         )
@@ -160,44 +195,46 @@ class Run:
         caches = [Path(environment[key]) for key in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")]
         there = [cache.exists() for cache in caches]
         start = "start_warm" if all(there) else "start" if any(there) else "start_cold"
-        with log.open("w") as file:
+        finished = False
+        command = [sys.executable, str(HERE / "serving_engine.py"), json.dumps(job)]
+        with (
+            log.open("w") as file,
+            subprocess.Popen(
+                command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+            ) as process,
+        ):
             try:
-                status: Any = subprocess.run(
-                    [sys.executable, str(HERE / "serving_engine.py"), json.dumps(job)],
-                    env=os.environ | environment,
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    timeout=self.args.limit,
-                    check=False,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                status = f"nothing after {self.args.limit} s"
+                for row in follow(process, out, self.args.limit):
+                    if row.get("measure") == "finished":
+                        finished = True
+                    elif row.get("measure") == "start":
+                        yield row | {"measure": start}
+                        yield from log_figures(log.read_text(errors="replace"))
+                    else:
+                        yield row
+            finally:
+                late = process.poll() is None
+                process.kill()
         for cache in caches:
             cache.mkdir(parents=True, exist_ok=True)
-        rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-        text = log.read_text(errors="replace")
-        if status or not any(row.get("measure") == "finished" for row in rows):
-            print(
-                f"  {name}: failed ({status}); the end of {log}:", *text.splitlines()[-12:], sep="\n    "
-            )
-        for row in rows:
-            if row.get("measure") == "start":
-                row["measure"] = start
-        for measure, (pattern, unit) in LOG_FIGURES.items():
-            found = re.findall(pattern, text)
-            if found:
-                rows.append({"measure": measure, "value": float(found[-1]), "unit": unit})
-        peaks = [int(peak) for peak in re.findall(r"load: peak (\d+) bytes", text)]
-        if any(peaks):
-            rows.append({"measure": "load_peak", "value": max(peaks) / 2**30, "unit": "GiB"})
-        return rows
+        if late or process.returncode or not finished:
+            status = f"not done after {self.args.limit} s" if late else process.returncode
+            lines = log.read_text(errors="replace").splitlines()[-12:]
+            print(f"  {name}: failed ({status}); the end of {log}:", *lines, sep="\n    ")
 
-    def format(self, model: str, name: str) -> None:
-        """Measure one format and append its rows."""
-        plan = TINY_PLAN if model == "tiny" else PLAN
-        every = [f"prefill_{batch}x{prompt}" for batch, prompt in plan["prefill"]]
-        every += [f"decode_b{batch}" for batch in plan["decode"]]
-        every = [] if self.args.starts else every
+    def log(self, model: str, name: str) -> str:
+        """A format's logs; for graphs from the compile cache, also what was said when they were compiled."""
+        text = "".join(path.read_text(errors="replace") for path in (self.work / name).glob("*log"))
+        kept = self.cache(model, name) / "fusion.txt"
+        if lines := fusion_lines(text):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            kept.write_text("\n".join(lines))
+        elif from_cache(text) and kept.exists():
+            text += "\n" + kept.read_text()
+        return text
+
+    def format(self, model: str, name: str, wanted: list[str]) -> None:
+        """Measure one format and append its rows as they come."""
         print(f"{self.label(model)} {name}", end="", flush=True)
         if not self.fits(model, name):
             print(": does not fit")
@@ -205,27 +242,25 @@ class Run:
             return
         begin = time.monotonic()
         print()
-        if self.args.serve:
-            rows = serving_live.measure(self, model, name)
-        else:
-            rows = self.engine(model, name, every)
-        log = "".join(path.read_text(errors="replace") for path in (self.work / name).glob("*log"))
-        label, kernels = ran_as(name, log)
-        for found in rows:
+        phases = []
+        measure = serving_live.measure(self, model, name) if self.args.serve else None
+        for found in measure or self.engine(model, name, wanted):
+            label, kernels = ran_as(name, self.log(model, name))
             if "error" in found:
                 print(f"  {found['error']}")
             elif "phase" in found:
                 self.profiles.append(self.row(model, label, **found))
-            elif found["measure"] != "finished" and not self.args.profile:
+                phases.append(found)
+            elif not self.args.profile:
                 value = round(found.pop("value"), 4)
                 self.add(self.row(model, label, kernels=kernels, value=value, **found))
-                print(f"  {found['measure']:16} {value:10.3f} {found['unit']}")
+                print(f"  {found['measure']:16} {value:10.3f} {found['unit']}", flush=True)
+        label, kernels = ran_as(name, self.log(model, name))
         print(
             f"  {label}: {kernels or 'no quantized kernel'}; {time.monotonic() - begin:.0f} s",
             flush=True,
         )
-        if self.args.profile:
-            print_profile([row for row in rows if "phase" in row])
+        print_profile(phases)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; a spread is a share."""
@@ -233,24 +268,35 @@ class Run:
             row["spread"] = round(row["spread"], 4)
         self.table.append(row)
 
-    def todo(self, model: str) -> list[str]:
-        """The formats of this run: bf16 and those that have no rows yet; nothing if only bf16 is left."""
+    def measures(self, model: str) -> list[str]:
+        """What this run measures of a format."""
+        plan = TINY_PLAN if model == "tiny" else PLAN
+        if self.args.serve:
+            return [serving_live.LAST]  # all are measured, and this one comes last
+        if self.args.starts:
+            return ["start_warm"]
+        every = [f"prefill_{batch}x{prompt}" for batch, prompt in plan["prefill"]]
+        return every + [f"decode_b{batch}" for batch in plan["decode"]]
+
+    def missing(self, model: str, name: str) -> list[str]:
+        """Those of a format that have no rows yet; none if the format does not fit."""
+        common = self.row(model, name)
+        there = {
+            row["measure"]
+            for row in read_rows(self.args.results)
+            if all(row[key] == common[key] for key in ("gpu", "vllm", "commit", "model"))
+            and row["format"].split(" (")[0] == name
+        }
+        return [m for m in self.measures(model) if m not in there and "fits" not in there]
+
+    def todo(self, model: str) -> dict[str, list[str]]:
+        """Format -> what to measure: bf16 again and what has no rows yet; nothing if nothing is missing."""
+        every = self.measures(model)
         if self.args.profile:
-            return self.args.formats
-        measure = "start_warm" if self.args.starts else "throughput" if self.args.serve else "decode_b1"
-
-        def there(name: str) -> bool:
-            wanted = self.row(model, name)
-            return any(
-                all(row[key] == wanted[key] for key in ("gpu", "vllm", "commit", "model"))
-                and row["format"].split(" (")[0] == name
-                and row["measure"] in (measure, "fits")
-                for row in known
-            )
-
-        known = read_rows(self.args.results)
-        left = [name for name in self.args.formats if not there(name)]
-        return ["bf16", *(name for name in left if name != "bf16")] if left else []
+            return dict.fromkeys(self.args.formats, every)
+        missing = {name: self.missing(model, name) for name in self.args.formats}
+        left = {name: measures for name, measures in missing.items() if measures}
+        return {"bf16": every} | {n: m for n, m in left.items() if n != "bf16"} if left else {}
 
 
 def arguments() -> argparse.Namespace:
@@ -303,8 +349,8 @@ def main() -> None:
         return
     run = Run(args)
     for model in args.models:
-        for name in run.todo(model):
-            run.format(model, name)
+        for name, wanted in run.todo(model).items():
+            run.format(model, name, wanted)
 
 
 if __name__ == "__main__":

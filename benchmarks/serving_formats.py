@@ -78,6 +78,11 @@ class Format:
     compressed: tuple[dict[str, Any], dict[str, Any] | None, str] | None = None
     env: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def fused(self) -> bool:
+        """Whether norms and SiLU*mul must run in one kernel with the transform after them."""
+        return self.flatquant in (4, 8) and self.env.get("VLLM_FLATQUANT_FUSION") != "0"
+
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
 _INT8 = {"num_bits": 8, "type": "int", "strategy": "channel"}
@@ -179,16 +184,32 @@ def kernels_in(log: str) -> list[str]:
     found = re.findall(r"(?:Using|Selected) (\w+Kernel\w*) for", log)
     found += re.findall(r"FlatQuant (w4a\d+: \w+ backend)", log)
     found += re.findall(r"FlatQuant w4a16 uses vLLM's (\w+)", log)
-    found += re.findall(r"FlatQuant[^\n]*\bfused[^\n]*", log)
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + fusion_lines(log)))
+
+
+def fusion_lines(log: str) -> list[str]:
+    """What our compile pass says that it did, a line for each range of token counts."""
+    return list(dict.fromkeys(re.findall(r"FlatQuant fusion, \d[^\n]*:[^\n]* fused [^\n]*", log)))
+
+
+def from_cache(log: str) -> bool:
+    """Whether vLLM took its graphs from the compile cache: then our pass did not run and says nothing."""
+    return "Directly load " in log or "as in the compile cache" in log
 
 
 def ran_as(name: str, log: str) -> tuple[str, str]:
-    """(format, kernels) for the results: the format's own name only if its kernel ran."""
-    kernels = kernels_in(log)
+    """(format, kernels) for the results: the format's own name only if its kernels ran."""
+    form, kernels = FORMATS[name], kernels_in(log)
+    lines = fusion_lines(log)
+    if form.fused and not lines:
+        kernels.append("nothing fused")
     text = "; ".join(kernels)
-    wanted = FORMATS[name].kernel
-    right = bool(re.search(wanted, text)) if wanted else not kernels
+    right = bool(re.search(form.kernel, text)) if form.kernel else not kernels
+    fused = bool(lines) and all(
+        re.search(r": [1-9]\d* RMSNorm and [1-9]\d* SiLU\*mul fused ", line) for line in lines
+    )
+    # Any fusion at all would be wrong for a format that names none.
+    right = right and (fused if form.fused else not lines)
     return (name if right else f"{name} (ran as {text or 'no quantized kernel'})"), text
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ FIGURES = {
     "requests": ("request_throughput", "requests/s"),
     "tokens": ("output_throughput", "tokens/s"),
 }
+LAST = f"rate{RATES[-1]}_{list(FIGURES)[-1]}"
+"""The measure that comes last."""
 
 
-def measure(run: Any, model: str, name: str) -> list[dict[str, Any]]:
+def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
     """Rows of one format: throughput, and latencies at each request rate. What fails is an error row."""
     folder = write_model(run.work / name / "model", model, FORMATS[name], run.args.tensor_parallel_size)
     environment = run.environment(model, name)
@@ -40,7 +43,9 @@ def measure(run: Any, model: str, name: str) -> list[dict[str, Any]]:
     data = ["--dataset-name", "random", *sizes, "--seed", "0"]
     options = _options(run.options(name))
     try:
-        found = _throughput(run.work / name, folder, [*data, *options], 4 if tiny else 1000, environment)
+        yield from _throughput(
+            run.work / name, folder, [*data, *options], 4 if tiny else 1000, environment
+        )
         with serve(
             folder,
             *options,
@@ -51,10 +56,9 @@ def measure(run: Any, model: str, name: str) -> list[dict[str, Any]]:
         ) as server:
             for rate in RATES:
                 count = 8 if tiny else 12 * rate
-                found += _rate(run.work / name, folder, server.address, data, rate, count, environment)
+                yield from _rate(run.work / name, folder, server.address, data, rate, count, environment)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
-        return [{"error": f"{name}: {error}"}]
-    return found
+        yield {"error": f"{name}: {error}"}
 
 
 def _options(options: dict[str, Any]) -> list[str]:

@@ -1,0 +1,124 @@
+"""benchmarks/serving.py: rows are written as they come and carry the kernels that ran."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+COLD = """
+(EngineCore pid=7) INFO FlatQuant w4a4: triton backend (CUDA device of compute capability 90)
+(EngineCore pid=7) INFO FlatQuant fusion, 1 to 8192 tokens: 64 RMSNorm and 32 SiLU*mul fused with the transform \
+after them, 32 transforms on their own
+"""
+NO_NORMS = COLD.replace("64 RMSNorm", "0 RMSNorm")
+UNFUSED = "".join(COLD.splitlines(keepends=True)[:2])
+WARM = UNFUSED + "INFO Directly load AOT compilation from path /cache/model\n"
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import serving
+
+    return serving
+
+
+@pytest.mark.parametrize(
+    "name, log, right",
+    [
+        ("flatquant-w4a4", COLD, True),
+        ("flatquant-w4a4", UNFUSED, False),
+        ("flatquant-w4a4", NO_NORMS, False),
+        ("flatquant-w4a4", COLD + NO_NORMS, False),
+        ("flatquant-w4a8", COLD, False),
+        ("flatquant-w4a8", COLD.replace("w4a4", "w4a8"), True),
+        ("flatquant-w4a4-unfused", UNFUSED, True),
+        ("flatquant-w4a4-unfused", COLD, False),
+        ("flatquant-w4a16", UNFUSED.replace("w4a4", "w4a16"), True),
+        ("bf16", "", True),
+        ("bf16", UNFUSED, False),
+    ],
+)
+def test_format_is_recorded_as_what_ran(benchmarks, name, log, right):
+    label, kernels = benchmarks.ran_as(name, log)
+    assert label == (name if right else f"{name} (ran as {kernels})")
+    if name.startswith("flatquant-w4a4") and log == UNFUSED:
+        assert ("nothing fused" in kernels) == (name == "flatquant-w4a4")
+
+
+@pytest.fixture
+def run(benchmarks, tmp_path, monkeypatch):
+    """Makes a run of the tiny model, with a folder of its own."""
+
+    def make(*arguments):
+        folders = [f"--{name}={tmp_path / name}" for name in ("work", "cache", "profile-results")]
+        results = f"--results={tmp_path / 'rows.csv'}"
+        monkeypatch.setattr(sys, "argv", ["serving.py", results, *folders, *arguments])
+        return benchmarks.Run(benchmarks.arguments())
+
+    return make
+
+
+def test_warm_start_is_judged_by_the_start_that_compiled(benchmarks, run):
+    def label(log):
+        work = now.work / "flatquant-w4a4"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "log").write_text(log)
+        return benchmarks.ran_as("flatquant-w4a4", now.log("tiny", "flatquant-w4a4"))[0]
+
+    now = run()
+    assert "nothing fused" in label(WARM)  # nobody knows what is in that cache
+    assert label(COLD) == label(WARM) == "flatquant-w4a4"
+    assert "nothing fused" in label(UNFUSED)  # compiled again, without the pass
+    assert "0 RMSNorm" in label(NO_NORMS) and "0 RMSNorm" in label(WARM)
+
+
+ENGINE = """
+import json, sys, time
+from pathlib import Path
+
+job, results = json.loads(sys.argv[1]), Path({results!r})
+
+def write(**row):
+    with open(job["out"], "a") as file:
+        file.write(json.dumps(row) + chr(10))
+
+print("Model loading took 1.50 GiB", flush=True)
+write(measure="start", value=2.0, unit="s")
+for number, name in enumerate(job["wanted"]):
+    write(measure=name, value=1.0, unit="ms", spread=0, repeats=1)
+    for _ in range(400):  # goes on when the row has arrived
+        if results.exists() and name in results.read_text():
+            break
+        time.sleep(0.05)
+    else:
+        sys.exit("the row did not come while the engine ran")
+    if {cut} and number == 1:
+        sys.exit("cut off")
+write(measure="finished", value=1, unit="")
+"""
+
+
+def test_cut_off_format_keeps_its_rows_and_goes_on(benchmarks, run, tmp_path, monkeypatch, capsys):
+    script = tmp_path / "serving_engine.py"
+    monkeypatch.setattr(benchmarks, "HERE", tmp_path)
+
+    def measure(cut):
+        script.write_text(ENGINE.format(results=str(tmp_path / "rows.csv"), cut=cut))
+        now = run("--formats=bf16", "--models=tiny")
+        wanted = now.todo("tiny").get("bf16", [])
+        missing = now.missing("tiny", "bf16")
+        if wanted:
+            now.format("tiny", "bf16", missing)
+        return missing, [row["measure"] for row in benchmarks.read_rows(tmp_path / "rows.csv")]
+
+    every = ["prefill_1x128", "prefill_2x64", "decode_b1", "decode_b4"]
+    missing, rows = measure(cut=True)
+    assert missing == every and rows == ["start_cold", "weights", *every[:2]]
+    assert "cut off" in capsys.readouterr().out
+    missing, rows = measure(cut=False)
+    assert missing == every[2:] and rows[4:] == ["start_warm", "weights", *every[2:]]
+    assert "failed" not in capsys.readouterr().out
+    assert measure(cut=False)[0] == []
