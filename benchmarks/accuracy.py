@@ -15,9 +15,7 @@ import argparse
 import csv
 import json
 import multiprocessing as mp
-import os
 import platform
-import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -25,6 +23,7 @@ from statistics import mean
 
 import torch
 import transformers
+from timing import commit
 
 from vllm_flatquant import __version__
 from vllm_flatquant.calibration.data import evaluation_tokens
@@ -104,14 +103,6 @@ def read_tokens(model: str, file: str) -> torch.Tensor:
     """Token ids int64 [n] of a .npy file, or of a text in the model's tokenizer."""
     source = {"tokens": file} if file.endswith(".npy") else {"text": file}
     return evaluation_tokens(Path(model), **{"text": None, "tokens": None, "dataset": None, **source})
-
-
-def commit() -> str:
-    """The commit whose code runs: asked once, at the start, because the tree may move on meanwhile."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], check=False, capture_output=True, text=True
-    )
-    return git.stdout.strip() or os.environ.get("COMMIT", "unknown")
 
 
 def run(job: dict) -> list[dict]:

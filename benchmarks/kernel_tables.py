@@ -33,6 +33,16 @@ def sums(rows: list[Row], shapes: tuple[tuple[int, int], ...]) -> dict[str, dict
     return total
 
 
+def parts(
+    rows: list[Row], shapes: tuple[tuple[int, int], ...]
+) -> list[tuple[str, tuple[tuple[int, int], ...]]]:
+    """All shapes, and those that a peer was measured on where they are fewer, each with a title."""
+    peers = {(int(r["n"]), int(r["k"])) for r in rows if r["kernel"].startswith("vLLM")}
+    common = tuple(shape for shape in shapes if shape in peers)
+    some = ", ".join(f"{n}x{k}" for n, k in common)
+    return [("", shapes)] + ([(f" ({some})", common)] if common and common != shapes else [])
+
+
 def markdown(title: str, total: dict[str, dict[int, float]]) -> str:
     """A line per kernel, a column per number of tokens: times the speed of bf16; the fastest of a column is bold."""
     tokens = sorted(total[BASE])
@@ -69,9 +79,10 @@ def main() -> None:
         rows = list(csv.DictReader(file))
     for (gpu, commit), run in last_runs(rows).items():
         for name, shapes in MODELS.items():
-            total = sums(run, shapes)
-            if BASE in total and OURS in total:
-                print(markdown(f"{name}, {gpu}, commit {commit}", total))
+            for title, part in parts(run, shapes):
+                total = sums(run, part)
+                if BASE in total and OURS in total:
+                    print(markdown(f"{name}{title}, {gpu}, commit {commit}", total))
 
 
 if __name__ == "__main__":
