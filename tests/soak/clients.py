@@ -83,10 +83,10 @@ def random_prompts(count: int, vocabulary: int, longest: int, seed: int = 0) -> 
 def connect(address: str, timeout: float = 300) -> openai.AsyncOpenAI:
     """A client of the server at ``address`` (``http://host:port``) that never tries again by itself.
 
-    Idle connections are given up after a second: vLLM closes them after five, as the openai package does, and
-    a request sent in that very moment would fail without any fault of the server.
+    Each connection serves one request: vLLM closes idle ones after five seconds, and a request sent in that
+    very moment would fail without any fault of the answer.
     """
-    limits = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=1.0)
+    limits = httpx.Limits(max_connections=1000, max_keepalive_connections=0)
     return openai.AsyncOpenAI(
         base_url=f"{address}/v1",
         api_key="none",
