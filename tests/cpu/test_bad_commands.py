@@ -3,8 +3,10 @@
 import json
 import shutil
 
+import foreign_folders
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_model import edit_config, make_model, random_tokens
 
 from vllm_flatquant.calibration.quantize import quantize
@@ -103,6 +105,20 @@ def test_diff_of_what_is_no_checkpoint(refused, folder, parts, first):
 )
 def test_convert(refused, words, parts):
     check(refused("convert", *words, "--out", "new"), parts)
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda t: t[:, :1], lambda t: t[0], lambda t: t[:, :0], lambda t: t.float()]
+)
+def test_convert_weights_of_another_shape(refused, place, cut):
+    if not (place / "ascend").exists():
+        foreign_folders.ascend(place / "model", place / "ascend", ("down",))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    file = place / "ascend" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, name: cut(tensors[name]).contiguous()}, file)
+    check(refused("convert", "ascend", "--out", "new"), (name, "no 4-bit integers"))
+    save_file(tensors, file)
 
 
 @pytest.mark.parametrize("command", ["convert", "quantize"])

@@ -217,9 +217,10 @@ def _ascend_block(
         for name in names:
             codes, scale = need(files, f"{name}.weight"), need(files, f"{name}.weight_scale")
             _check_symmetric(files, name)
-            if codes.dtype != torch.int8 or int(codes.min()) < -8 or int(codes.max()) > 7:
+            whole = codes.dtype == torch.int8 and codes.ndim == 2 and codes.numel() > 0
+            if not whole or codes.shape[1] % 2 or int(codes.min()) < -8 or int(codes.max()) > 7:
                 raise UserError(
-                    f"{files.path}: {name}.weight holds no 4-bit integers; download it again"
+                    f"{files.path}: {name}.weight holds no 4-bit integers in pairs; download it again"
                 )
             out[f"{name}.weight_packed"] = pack_int4(codes)
             out[f"{name}.weight_scale"] = scale.float().reshape(-1, 1)
