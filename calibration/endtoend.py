@@ -6,6 +6,7 @@ moves: on-line factors, clips, norms, weight scales, KV matrices and, through st
 integer codes. All blocks are in memory at once, so this is for models that fit.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..spec import FlatQuantSpec
+from .errors import UserError
+from .meter import free_memory
 from .recipe import Recipe
 from .reference import install_block, load_reference
 from .source import ModelSource
@@ -28,6 +31,7 @@ LATENT = ".latent"
 WARMUP = 0.05
 """Part of the steps over which the rate rises."""
 GENERATION_CACHE = 4 * 10**9
+"""Bytes of KV cache while the model writes rows."""
 PROMPT = 32
 """Tokens of a calibration row that the model continues."""
 
@@ -39,6 +43,31 @@ class DistillReport:
     kl_first_epoch: float
     kl_last_epoch: float
     skipped_steps: int
+
+
+def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:
+    """Bytes of training the whole model, without its streams: (weights, kept activations, head).
+
+    A weight takes its latent, gradient and AdamW's moments (16 bytes) and 16 of what a step keeps of rounding it.
+    A token leaves, in float32, 32 numbers for each hidden channel of a block, 10 for each intermediate one and 8
+    for each entry of the vocabulary (counted on the CPU with a 4-bit KV cache, rounded up).
+    """
+    config, linears = source.config, source.arch.linears
+    shapes = [source.files.shape(f"{source.block_prefix(0)}{name}.weight") for name in linears]
+    block = 32 * config.hidden_size + 10 * config.intermediate_size
+    kept = recipe.batch_size * recipe.seq_len * (source.num_blocks * block + 8 * config.vocab_size)
+    weights = source.num_blocks * sum(math.prod(shape) for shape in shapes)
+    return 32 * weights, 4 * kept, 4 * config.vocab_size * config.hidden_size
+
+
+def check_memory(source: ModelSource, recipe: Recipe, device: torch.device) -> None:
+    """UserError if this stage would not fit into the free memory."""
+    needed, free = sum(memory_needed(source, recipe)), free_memory(device)
+    if needed > free:
+        raise UserError(
+            f"training the whole model on its logits takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
+            "are free; use a recipe without e2e in its name, set distill_epochs: 0, or lower batch_size or seq_len"
+        )
 
 
 class Head(nn.Module):
@@ -76,9 +105,13 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 def teacher_stream(
     source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device
 ) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-    """First input and last hidden state of the full-precision model [N, T, hidden], and the blocks' arguments."""
+    """First input and last hidden state of the full-precision model [N, T, hidden], and the blocks' arguments.
+
+    The streams lie on the device if three of them take less than half of its free memory, else on the CPU.
+    """
     x, kwargs = record_inputs(source, tokens, device)
-    first = x = x.to(device)
+    fits = 12 * x.numel() < free_memory(device) / 2
+    first = x = x.to(device if fits else "cpu")
     for i in range(source.num_blocks):
         x = run_block(source.load_block(i, device), x, kwargs[i], recipe.batch_size, device)
     return first, x, kwargs
@@ -198,9 +231,9 @@ def distill(
     losses: list[Tensor] = []
     for epoch in range(recipe.distill_epochs):
         total = torch.zeros((), device=device)
-        order = torch.randperm(len(tokens), generator=shuffle).to(device)
+        order = torch.randperm(len(tokens), generator=shuffle).to(first.device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
-            total += trainer.step(first[rows], last[rows]) * len(rows)
+            total += trainer.step(first[rows].to(device), last[rows].to(device)) * len(rows)
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
         losses.append(total / len(tokens))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .block import Stats, TrainableBlock
 from .errors import UserError
 from .hadamard import random_hadamard
+from .meter import free_memory
 from .recipe import Recipe
 from .reference import load_reference
 from .rotation import Rotation, hadamard_rotation, rotate_bias, rotate_weight
@@ -168,24 +169,12 @@ def check_memory(source: ModelSource, recipe: Recipe, device: torch.device) -> N
     inner = 8 * config.hidden_size + 4 * config.intermediate_size
     kept = tokens * (source.num_blocks * 2 * inner + 3 * config.vocab_size)
     needed = 4 * (COPIES * weights + kept)
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = available_memory()
+    free = free_memory(device)
     if needed > free:
         raise UserError(
             f"learning rotations takes the whole model in memory, about {needed / 1e9:.0f} GB, and "
             f"{free / 1e9:.0f} GB are free; use --recipe quarot-w4a4, which learns none, or a larger machine"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this machine can still give to processes."""
-    with open("/proc/meminfo") as file:
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
 
 
 def find_rotation(source: ModelSource, recipe: Recipe, tokens: Tensor, device: torch.device) -> Rotation:

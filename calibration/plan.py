@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..spec import FlatQuantSpec
 from .data import calibration_tokens
+from .endtoend import check_memory, memory_needed
 from .errors import UserError
 from .export import TENSORS, WHOLE_BYTES
 from .fingerprint import scan_weights
@@ -86,6 +87,8 @@ def plan_run(
     check_out(Path(out).resolve(), True, source.path)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    if recipe.distill_epochs:
+        check_memory(source, recipe, where)
     start = time.monotonic()
     scan_weights(source.files.shards, {}, on_check)
     checked = time.monotonic() - start
@@ -137,6 +140,8 @@ def make_plan(
     before = generation if blocks > 1 else stream
     cpu, gpu = block_memory(large, recipe, source, len(tokens), row, device)
     edges = edge_memory(source, stream, generation)
+    if recipe.distill_epochs:
+        edges = max(edges, sum(memory_needed(source, recipe)) + 2 * stream)
     on_cpu = stream_device(recipe, source, device).type == "cpu"
     if device.type == "cpu":
         cpu = max(cpu, base + edges)

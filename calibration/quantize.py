@@ -18,7 +18,7 @@ from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites
 from .block import check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
-from .endtoend import distill, distill_tokens, finished_hidden
+from .endtoend import check_memory, distill, distill_tokens, finished_hidden
 from .errors import UserError
 from .export import (
     DISTILLED,
@@ -175,6 +175,8 @@ def quantize(
     check_out(out, overwrite or resume, source.path)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    if recipe.distill_epochs:
+        check_memory(source, recipe, where)  # now, not after all blocks
     with Staging(out) as staging, explained(out, staging):
         run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
         begin(staging, run, before, tell)

@@ -83,8 +83,8 @@ class Recipe(BaseModel):
     chain: Literal["full", "quantized"] = "full"
     precision: Literal["highest", "high"] = "highest"
     distill_epochs: int = Field(default=0, ge=0)
-    distill_lr: float = Field(default=1e-3, gt=0)
-    distill_weight_lr: float = Field(default=1e-2, ge=0)
+    distill_lr: float = Field(default=3e-3, gt=0)
+    distill_weight_lr: float = Field(default=1e-3, ge=0)
     distill_generated: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 

@@ -60,6 +60,21 @@ FLATQUANT: dict[str, NamedRecipe] = {
     ),
 }
 
+END_TO_END: dict[str, Any] = {"epochs": 5, "distill_epochs": 3, "distill_generated": 1024}
+END_TO_ENDS: dict[str, NamedRecipe] = {
+    "flatquant-e2e-w4a4": NamedRecipe(
+        "as flatquant-w4a4-gptq, then all of it trained on the logits (the whole model in memory)",
+        {**END_TO_END, "rounding": "gptq"},
+    ),
+    "flatquant-e2e-w4a4kv4": NamedRecipe(
+        "as flatquant-e2e-w4a4 with a 4-bit KV cache", {**END_TO_END, "rounding": "gptq", "kv": 4}
+    ),
+    "flatquant-e2e-w4a16": NamedRecipe(
+        "as flatquant-w4a16, then all of it trained on the logits (the whole model in memory)",
+        {**END_TO_END, "scheme": "w4a16"},
+    ),
+}
+
 QUAROT_SETTINGS: dict[str, Any] = {
     "system": "QuaRot",
     "paper": "arXiv 2404.00456",
@@ -209,7 +224,7 @@ ROUNDINGS: dict[str, NamedRecipe] = {
     ),
 }
 
-RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **ROTATIONS, **SCALINGS, **ROUNDINGS}
+RECIPES: dict[str, NamedRecipe] = {**FLATQUANT, **END_TO_ENDS, **ROTATIONS, **SCALINGS, **ROUNDINGS}
 """Name -> recipe, in the order in which they are listed."""
 
 

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import make_model, random_tokens
 
+from vllm_flatquant.calibration import endtoend
 from vllm_flatquant.calibration.endtoend import (
     LATENT,
     distill,
@@ -17,6 +18,7 @@ from vllm_flatquant.calibration.endtoend import (
     run_students,
     teacher_stream,
 )
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import make_spec, quantize
 from vllm_flatquant.calibration.quantize_block import quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
@@ -26,7 +28,15 @@ from vllm_flatquant.calibration.streams import record_inputs
 from vllm_flatquant.tools.inspection import verify_folder
 
 CPU = torch.device("cpu")
-SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2, "distill_epochs": 8}
+SMALL = {
+    "samples": 4,
+    "seq_len": 24,
+    "epochs": 2,
+    "batch_size": 2,
+    "distill_epochs": 8,
+    "distill_lr": 1e-3,
+    "distill_weight_lr": 1e-2,
+}
 
 
 def finished_blocks(folder, model_type="llama", **settings):
@@ -149,3 +159,34 @@ def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):
         own = load_reference(source.path)(rows).logits[:, 11:-1].log_softmax(-1)
     mean = own.gather(-1, rows[:, 12:, None]).mean()
     assert mean > own.mean() + 0.5  # likelier under the model than a random token
+
+
+def test_memory_is_known_before_it_is_needed(tmp_path):
+    source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, kv=4, epochs=0)
+    first, last, kwargs = endtoend.teacher_stream(source, tokens[:2], recipe, CPU)
+    students = torch.nn.ModuleList(make_students(source, blocks, spec, CPU))
+    head, kept = endtoend.Head(source, CPU), {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = kl_divergence(
+            head(run_students(students, first, kwargs), head.gain()), head(last, head.gain.base).detach()
+        )
+    loss.backward()
+    steps = [p for n, p in students.named_parameters() if n.endswith(".steps")]
+    optimizer = 4 * 4 * sum(p.numel() for p in steps)  # value, gradient, two moments
+    for p in students.parameters():
+        kept.pop(p.untyped_storage().data_ptr(), None)
+    used = optimizer + sum(t.untyped_storage().nbytes() for t in kept.values())
+    assert 1.0 < sum(endtoend.memory_needed(source, recipe)) / used < 1.6
+
+
+def test_a_model_that_does_not_fit_is_refused_before_its_blocks(tmp_path, calib, monkeypatch):
+    monkeypatch.setattr(endtoend, "free_memory", lambda device: 1000)
+    model = make_model(tmp_path / "m")
+    with pytest.raises(UserError, match="takes about .* GB .* are free; use a recipe without e2e"):
+        quantize(model, tmp_path / "out", make_recipe(**SMALL), str(calib), "cpu")
+    assert {p.name for p in tmp_path.iterdir()} == {"m", "calib.npy"}

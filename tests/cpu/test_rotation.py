@@ -124,7 +124,7 @@ def test_learning_network_is_the_original_function_without_quantization(tmp_path
 
 def test_a_model_that_does_not_fit_is_refused(tmp_path, monkeypatch):
     source = ModelSource(make_model(tmp_path / "m"))
-    monkeypatch.setattr(learned_rotation, "available_memory", lambda: 1000)
+    monkeypatch.setattr(learned_rotation, "free_memory", lambda device: 1000)
     with pytest.raises(UserError, match="takes the whole model in memory.*quarot-w4a4"):
         learn_rotation(source, make_recipe(rotation="learned"), random_tokens(4, 24), CPU)
 

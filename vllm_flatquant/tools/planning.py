@@ -67,7 +67,7 @@ def plan_lines(plan: Plan, spec: FlatQuantSpec, recipe: Recipe, free: int) -> li
         f"serving     here through the {backend.name} backend ({backend.reason}): {kernel}",
     ]
     if recipe.distill_epochs:
-        lines.append("not in it   the end-to-end stage, which holds all blocks in memory at once")
+        lines.append("not in it   time and disk of the end-to-end stage; its memory is")
     if recipe.rotation == "learned":
         lines.append("not in it   learning the rotations, which holds the model in memory several times")
     if plan.staging > free:
