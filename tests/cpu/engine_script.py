@@ -22,6 +22,12 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=16)
     parser.add_argument("--kv-cache-mib", type=int, default=64)
+    parser.add_argument("--options", type=json.loads, default={}, help="more options of the engine")
+    parser.add_argument(
+        "--metrics",
+        type=Path,
+        help="where the engine's metrics go; prompts then get no log-probabilities, as what is cached has none",
+    )
     arguments = parser.parse_args()
 
     from vllm import LLM, SamplingParams
@@ -30,23 +36,24 @@ def main() -> None:
 
     vllm_flatquant.register()  # vLLM does this itself where the package is installed
 
-    llm = LLM(
-        model=arguments.folder,
-        tensor_parallel_size=arguments.tensor_parallel_size,
-        enforce_eager=arguments.enforce_eager,
-        dtype=arguments.dtype,
-        gpu_memory_utilization=arguments.gpu_memory_utilization,
-        max_model_len=128,
-        max_num_seqs=arguments.max_num_seqs,
-        skip_tokenizer_init=True,
-        enable_prefix_caching=False,
-        kv_cache_memory_bytes=arguments.kv_cache_mib << 20,
-        seed=0,
-    )
+    options = {
+        "tensor_parallel_size": arguments.tensor_parallel_size,
+        "enforce_eager": arguments.enforce_eager,
+        "dtype": arguments.dtype,
+        "gpu_memory_utilization": arguments.gpu_memory_utilization,
+        "max_model_len": 128,
+        "max_num_seqs": arguments.max_num_seqs,
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": arguments.kv_cache_mib << 20,
+        "disable_log_stats": arguments.metrics is None,
+        "seed": 0,
+    }
+    llm = LLM(model=arguments.folder, **options | arguments.options)
     parameters = SamplingParams(
         max_tokens=arguments.max_tokens,
         temperature=0,
-        prompt_logprobs=0,
+        prompt_logprobs=None if arguments.metrics else 0,
         detokenize=False,
         ignore_eos=True,
     )
@@ -54,7 +61,8 @@ def main() -> None:
     results = [
         {
             "tokens": list(output.outputs[0].token_ids),
-            "logprobs": [
+            "logprobs": output.prompt_logprobs
+            and [
                 entry[token].logprob if entry else None
                 for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
             ],
@@ -62,6 +70,9 @@ def main() -> None:
         for output in llm.generate(prompts, parameters, use_tqdm=False)
     ]
     arguments.out.write_text(json.dumps(results), encoding="utf-8")
+    if arguments.metrics:
+        found = {metric.name: vars(metric) for metric in llm.get_metrics()}
+        arguments.metrics.write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
