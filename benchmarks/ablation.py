@@ -112,7 +112,7 @@ def block_file(job: dict[str, Any], index: int) -> Path:
 
 
 def run_generation(job: dict[str, Any]) -> float:
-    """Saves the rows that the model writes; seconds."""
+    """Saves the rows that the model writes (for the first seed; the others use them too); seconds."""
     device, begin = start(job), time.monotonic()
     source = ModelSource(job["model"])
     recipe = make_recipe(**job["blocks"], seed=job["seed"])
@@ -279,7 +279,7 @@ def main() -> None:
             needs = [job["folder"]]
             once({**job, "stage": run_blocks})
             if wanted := job["last"].get("distill_generated", 0):
-                needs.append(folder / f"{key}-generated-{wanted}")
+                needs.append(folder / f"{about['model']}-{args.seq_len}-generated-{wanted}")
                 once({**job, "stage": run_generation, "folder": needs[-1]})
             jobs.append({**job, "stage": run_last, "needs": needs, "texts": left, "row": row})
         with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
@@ -306,8 +306,11 @@ def measure(
         if fresh:
             writer.writeheader()
         while True:
-            ready = (j for j in waiting if all(map(finished, j["needs"])))
-            for job in list(itertools.islice(ready, jobs - len(pending))):
+            writing = [j for j in [*pending.values(), *waiting] if j["stage"] is run_generation]
+            # Token by token, it would wait for every other job: it has the device to itself, first.
+            ready = writing and [j for j in writing if j in waiting]
+            ready = ready or [j for j in waiting if not writing and all(map(finished, j["needs"]))]
+            for job in ready[: 1 - len(pending) if writing else jobs - len(pending)]:
                 waiting.remove(job)
                 job["folder"].mkdir(parents=True, exist_ok=True)
                 pending[pool.submit(job["stage"], job)] = job

@@ -156,7 +156,8 @@ class TrainableBlock(nn.Module):
                 )
             diag = None
             if name in recipe.diag:
-                wmax = torch.stack([linears[n].weight.abs().amax(dim=0) for n in names]).amax(dim=0)
+                weights = [linears[n].weight for n in names]
+                wmax = channel_maxima(torch.cat(weights), recipe.diag_rows == "normalized")
                 if repeat:  # one number for the query heads that share a KV head
                     wmax, amax = (
                         t.view(kv_heads, repeat, head_dim).amax(dim=1).flatten() for t in (wmax, amax)
@@ -230,6 +231,14 @@ def check_shards(shards: int, heads: int, kv_heads: int, intermediate: int) -> N
             f"shards={shards} does not fit {heads} query heads, {kv_heads} KV heads and intermediate size "
             f"{intermediate}; use one of {', '.join(map(str, legal))}"
         )
+
+
+def channel_maxima(weight: Tensor, normalized: bool) -> Tensor:
+    """Largest absolute weight of each input channel of [out, in]; normalized: in units of its row's largest."""
+    size = weight.detach().abs()
+    if normalized:
+        size = size / size.amax(dim=1, keepdim=True).clamp(min=1e-30)
+    return size.amax(dim=0)
 
 
 def smooth_diag(wmax: Tensor, xmax: Tensor, alpha: float) -> Tensor:

@@ -30,7 +30,7 @@ LATENT = ".latent"
 """Suffix of a linear's weight before rounding, among a block's tensors, while a last stage needs it."""
 WARMUP = 0.05
 """Part of the steps over which the rate rises."""
-GENERATION_CACHE = 4 * 10**9
+GENERATION_CACHE = 8 * 10**9
 """Bytes of KV cache while the model writes rows."""
 PROMPT = 32
 """Tokens of a calibration row that the model continues."""
@@ -134,10 +134,17 @@ def generated_tokens(
         [tokens[r, s : s + length] for r, s in zip(rows.tolist(), starts.tolist(), strict=True)]
     )
     network: Any = load_reference(source.path, device)
+    if device.type == "cuda":
+        network.to(torch.bfloat16)  # half the cache traffic, which is what writing waits for
     network.generation_config = GenerationConfig()  # no end of text: rows are full
     network.config.eos_token_id = None
     wanted = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=tokens.shape[1] - length, pad_token_id=0
+        do_sample=True,
+        top_k=0,
+        max_new_tokens=tokens.shape[1] - length,
+        pad_token_id=0,
+        cache_implementation="static",  # a growing one leaves holes of every size in the GPU's memory
+        disable_compile=True,
     )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -147,11 +154,11 @@ def generated_tokens(
 
 
 def generation_batch(source: ModelSource, length: int) -> int:
-    """Rows of ``length`` tokens that are written at once: their float32 KV cache takes at most
+    """Rows of ``length`` tokens that are written at once: their KV cache, counted in float32, takes at most
     ``GENERATION_CACHE`` bytes."""
     kv_width = source.files.shape(f"{source.block_prefix(0)}{source.arch.qkv[1]}.weight")[0]
     row = 2 * source.num_blocks * kv_width * length * 4
-    return min(512, max(1, GENERATION_CACHE // row))
+    return min(1024, max(1, GENERATION_CACHE // row))
 
 
 def distill_tokens(source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device) -> Tensor:

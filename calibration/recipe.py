@@ -32,7 +32,8 @@ class Recipe(BaseModel):
     transforms: which there are: qkv, o, gate_up, down (on-line, before these linears), k (on-line, on q and
     k, only if K is quantized) and v (merged into v_proj and o_proj). matrix: their form; v_matrix: v's, if it
     differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. diag: sites with a
-    merged diagonal (that of o goes into v_proj); its start has exponent diag_alpha. Clips are learned or one
+    merged diagonal (that of o goes into v_proj); its start has exponent diag_alpha, and takes weights as they
+    are or in units of their row's largest (diag_rows). Clips are learned or one
     number.
     chain: a block learns its full-precision output from full-precision inputs, or from those of the quantized
     blocks before it. precision: of products while training, in PyTorch's words; high is TF32.
@@ -77,6 +78,7 @@ class Recipe(BaseModel):
     v_each_head: bool = False
     diag: tuple[SiteName, ...] = DIAGONALS
     diag_alpha: float = Field(default=0.3, ge=0, le=1)
+    diag_rows: Literal["raw", "normalized"] = "raw"
     weight_clip: bool = True
     activation_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"
     kv_clip: Annotated[float, Field(gt=0, le=1)] | Literal["learned"] = "learned"

@@ -60,7 +60,12 @@ FLATQUANT: dict[str, NamedRecipe] = {
     ),
 }
 
-END_TO_END: dict[str, Any] = {"epochs": 5, "distill_epochs": 3, "distill_generated": 1024}
+END_TO_END: dict[str, Any] = {
+    "diag_rows": "normalized",
+    "epochs": 5,
+    "distill_epochs": 3,
+    "distill_generated": 512,
+}
 END_TO_ENDS: dict[str, NamedRecipe] = {
     "flatquant-e2e-w4a4": NamedRecipe(
         "as flatquant-w4a4-gptq, then all of it trained on the logits (the whole model in memory)",

@@ -68,6 +68,7 @@ RECIPES = {
     "qronos": {"rounding": "qronos", "kv": 4},
     "w4a16": {"scheme": "w4a16", "rounding": "gptq"},
     "direct": {"matrix": "direct"},
+    "normalized": {"diag_rows": "normalized"},
 }
 CASES = [("bf16", name) for name in RECIPES] + [("fp16", "gptq")]
 
