@@ -172,7 +172,8 @@ def quantize(
     else:
         check_out(out, overwrite)
     source = ModelSource(model)
-    check_out(out, overwrite or resume, source.path)
+    text = [Path(calib)] if Path(calib).is_file() else []
+    check_out(out, overwrite or resume, source.path, *text)
     spec = make_spec(source, recipe)
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
     if recipe.distill_epochs:

@@ -20,12 +20,15 @@ INPUTS, CHECKPOINT = "inputs", "checkpoint"
 _RUN, _LOCK, _PUBLISHED, _OLD, _TMP = "run.json", "lock", "published", "old", ".tmp"
 
 
-def check_out(out: Path, overwrite: bool, source: Path | None = None) -> None:
-    """UserError unless ``out`` is free, empty, or may be overwritten, and does not hold ``source``."""
+def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
+    """UserError unless ``out`` is free, empty, or may be overwritten, and holds none of ``sources``."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
-    if not out.name or (source is not None and source.resolve().is_relative_to(out)):
-        raise UserError(f"--out {out} is or holds the model that is read; choose another folder")
+    held = next((source for source in sources if source.resolve().is_relative_to(out)), None)
+    if not out.name or held is not None:
+        raise UserError(
+            f"--out {out} is or holds {held or 'everything'}, which is read; choose another folder"
+        )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
 

@@ -89,11 +89,16 @@ def w8_linear_triton(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | Non
 
 
 def _dequantized(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Products in x's dtype, a slice of rows at a time; scale and bias in float32 as in the kernel."""
+    """Products in x's dtype, a slice of rows at a time; scale and bias in float32 as in the kernel.
+
+    Codes reach 128: sums that fp16 must hold are taken of ``x / 128``.
+    """
+    shrink = 128.0 if x.dtype == torch.float16 else 1.0
+    x = x / shrink
     y = torch.empty(x.shape[0], codes.shape[0], dtype=x.dtype, device=x.device)
     for start in range(0, codes.shape[0], _SLICE):
         part = slice(start, start + _SLICE)
-        wide = F.linear(x, codes[part].to(x.dtype)).float() * scale[part].flatten()
+        wide = F.linear(x, codes[part].to(x.dtype)).float() * (shrink * scale[part].flatten())
         y[:, part] = wide if bias is None else wide + bias[part].float()
     return y
 

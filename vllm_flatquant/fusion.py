@@ -6,7 +6,8 @@
 
 A pass over the post-grad graph of the compiler, in vLLM's public slot for one, so that its ``uuid`` is in
 every cache key. It looks at the producer of each transform's input and leaves alone what it does not know:
-a value with a second consumer, another activation, a norm over a part of its input. ``VLLM_FLATQUANT_FUSION=0``
+a value with a second consumer, another activation, a norm over a part of its input, a norm in fp16 (the
+fused kernel transforms what is not normed yet, which can be beyond 65504). ``VLLM_FLATQUANT_FUSION=0``
 turns it off. Without the compiler (``--enforce-eager``) nothing is fused.
 """
 
@@ -116,9 +117,11 @@ def _fuse_norm(graph: fx.Graph, quant: Any, order: dict[fx.Node, int]) -> bool:
     flat = _value(normed).dim() == 2 and (
         residual is None or _value(residual).dtype == _value(normed).dtype
     )
+    # The fused kernel leaves 1/rms out until the end, and fp16 does not reach that far.
+    in_range = _value(normed).dtype != torch.float16
     # The new node takes the norm's place, so that whoever wants the residual comes after it.
     ready = all(not isinstance(f, fx.Node) or order.get(f, len(order)) < order[norm] for f in factors)
-    if not (one_block and same_type and flat and ready):
+    if not (one_block and same_type and flat and in_range and ready):
         return False
     codes, scale = quant.meta["val"]
     total = _value(normed).new_empty(0) if residual is None else norm.meta["val"][1]
@@ -268,7 +271,8 @@ class WarmUp:
         factors = layer.transform_left, layer.transform_right, layer.transform_clip
         width, device = layer.input_size_per_partition, factors[2].device
         key = (self, width, *(None if f is None else f.shape for f in factors), str(device))
-        if self.site == "o" or key in _warmed:
+        alone = self.site == "o" or (self.site != "down" and self.dtype == torch.float16)
+        if alone or key in _warmed:
             return
         _warmed.add(key)
         for count in warmup_tokens(self.tokens):

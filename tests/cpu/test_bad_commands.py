@@ -128,7 +128,7 @@ def test_convert_weights_of_another_shape(refused, place, cut):
         ("full", ("not empty", "--overwrite")),
         ("file", ("is a file",)),
         ("model", ("model",)),
-        (".", ("is or holds the model",)),
+        (".", ("which is read",)),
     ],
 )
 def test_out_that_is_taken(refused, command, out, parts):

@@ -272,7 +272,7 @@ def test_out_is_a_file(refuses, tmp_path):
 def test_out_never_destroys_the_model(refuses, model, tmp_path):
     (tmp_path / "link").symlink_to(model)
     for out in (model, tmp_path / "link", tmp_path):
-        refuses("is or holds the model", options=("--out", out, "--overwrite"))
+        refuses("which is read", options=("--out", out, "--overwrite"))
     assert (model / "model.safetensors").exists()
 
 

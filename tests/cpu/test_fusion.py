@@ -225,6 +225,28 @@ def test_norm_in_another_dtype_stays():
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_norm_in_fp16_stays():
+    """Before it is normed, this input times the weight is beyond what fp16 holds; after, it is small."""
+    x, residual = activations(torch.float16)
+    x[:, 7] = 4e4
+    w = weight(torch.float16)
+    w[7] = 3.0
+
+    def alone(x, residual, w, left, right, clip):
+        return OPS.kron_quant(NORMS.rms_norm(x, w, 1e-5), left, right, clip, 4)
+
+    def added(x, residual, w, left, right, clip):
+        normed, total = NORMS.fused_add_rms_norm(x, residual, w, 1e-5)
+        return *OPS.kron_quant(normed, left, right, clip, 4), total
+
+    for function in (alone, added):
+        found, before, after = fuse_and_run(function, x, residual, w, *factors(torch.float16))
+        assert after[1].isfinite().all()
+        assert found == Fused(alone=1)
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert rmsnorm_kron_quant_ref(x, None, w, 1e-5, *factors(torch.float16), 4)[1].isinf().all()
+
+
 def gelu_mul(x):
     return F.gelu(x[..., :WIDTH]) * x[..., WIDTH:]
 

@@ -15,7 +15,7 @@ from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.choice import Choice
 from vllm_flatquant.errors import CheckpointError
-from vllm_flatquant.kernels.w8_linear import TOKEN_BLOCKS, w8_linear_ref
+from vllm_flatquant.kernels.w8_linear import TOKEN_BLOCKS, _dequantized, w8_linear_ref
 from vllm_flatquant.spec import SpecError, parse_spec
 from vllm_flatquant.tools.inspection import verify_folder
 
@@ -140,6 +140,22 @@ def test_missing_tensor_is_named(checkpoint, missing):
     (out / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     with pytest.raises(CheckpointError, match=missing):
         load_model(out)
+
+
+def test_many_tokens_in_fp16_stay_finite():
+    """A logit of 40 is a sum of codes beyond 65504."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 2048), 0.02 * torch.randn(8, 2048)
+    weight[0] = 0.9 * x[0] / x[0].norm()
+    head = quantize_head(weight)
+    codes, scale = head[PACKED], head[SCALE]
+    assert (x[0] @ codes[0].float()) > 65504
+    for dtype in (torch.float16, torch.bfloat16):
+        wanted = w8_linear_ref(x.to(dtype), codes, scale)
+        bound = {torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+        torch.testing.assert_close(
+            _dequantized(x.to(dtype), codes, scale, None), wanted, rtol=bound, atol=bound
+        )
 
 
 def test_head_that_config_ties_is_refused(checkpoint):

@@ -318,6 +318,44 @@ def test_what_cannot_be_represented_is_refused(run, model, tmp_path):
     refuse(run, source, out, "W4A4_MXFP4_FLATQUANT", "can be converted")
 
 
+@pytest.mark.parametrize(
+    "where, key, value",
+    [
+        ("weights", "num_bits", 8),
+        ("weights", "type", "float"),
+        ("weights", "symmetric", False),
+        ("weights", "actorder", "group"),
+        ("group", "input_activations", {"num_bits": 8}),
+        ("whole", "kv_cache_scheme", {"num_bits": 8}),
+    ],
+)
+def test_squeezebits_with_other_weights_is_refused(run, model, tmp_path, where, key, value):
+    """Codes of 8 bits would be read as twice as many of 4."""
+    source = tmp_path / "source"
+    foreign.squeezebits(model, source)
+    file = source / "config.json"
+    config = json.loads(file.read_text())
+    whole = config["quantization_config"]
+    group = whole["config_groups"]["group_0"]
+    {"whole": whole, "group": group, "weights": group["weights"]}[where][key] = value
+    file.write_text(json.dumps(config))
+    refuse(run, source, tmp_path / "out", key, "quantize the original model")
+
+
+@pytest.mark.parametrize("out", ["model", "."])
+def test_the_original_is_never_overwritten(run, model, tmp_path, out):
+    (tmp_path / "matrices").mkdir()
+    foreign.flat_matrices(tmp_path / "matrices" / "flat_matrices.pth")
+    before = (model / "model.safetensors").read_bytes()
+    folder = model if out == "model" else model.parent
+    status, _, err = run(
+        *("convert", tmp_path / "matrices", "--out", folder, "--model", model, "--scheme", "w4a4"),
+        *("--kv", 4, "--overwrite"),
+    )
+    assert status == 1 and "which is read" in err, err
+    assert (model / "model.safetensors").read_bytes() == before
+
+
 def test_damaged_and_unknown_sources(run, model, tmp_path, calib):
     out, real = tmp_path / "out", tmp_path / "real"
     options = ("--scheme", "w4a4", "--kv", 4)

@@ -40,7 +40,8 @@ def convert(
     or holds what ours cannot, and leaves nothing half-written.
     """
     out = Path(out).resolve()
-    check_out(out, overwrite, Path(source))
+    original = [Path(model)] if model and Path(model).exists() else []
+    check_out(out, overwrite, Path(source), *original)
     found = read_foreign(Path(source), model, scheme.lower() if scheme else None, kv)
 
     def finish(folder: Path) -> None:

@@ -42,6 +42,7 @@ def read_squeezebits(path: Path) -> ForeignModel:
     Its scales repeat one scale of a row for each group of 128; where they do, one scale a row is kept.
     """
     raw = read_config(path)
+    _check_w4a16(path, raw["quantization_config"])
     config, arch = base_config(raw)
     files = WeightFiles(path)
     first = f"{arch.blocks}.0."
@@ -73,6 +74,31 @@ def read_squeezebits(path: Path) -> ForeignModel:
 
     found.tensors = tensors()
     return found
+
+
+def _check_w4a16(path: Path, quantization: dict) -> None:
+    """UserError if the ``quantization_config`` says anything but symmetric 4-bit weights in their own order."""
+    groups = quantization.get("config_groups")
+    found = [quantization, *groups.values()] if isinstance(groups, dict) and groups else []
+    found += [group.get("weights") for group in found[1:] if isinstance(group, dict)]
+    if len(found) < 3 or len(found) % 2 == 0 or not all(isinstance(part, dict) for part in found):
+        raise UserError(f"{path}: config_groups of quantization_config is damaged; download it again")
+    wanted = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "actorder": None,
+        "input_activations": None,
+        "kv_cache_scheme": None,
+    }
+    for key, value in wanted.items():
+        for part in found:
+            # Static act-order ("weight") moves no column of the stored weight.
+            if part.get(key, value) not in (value, "weight" if key == "actorder" else value):
+                raise UserError(
+                    f"{path}: {key} is {shown(part[key], 40)} there and must be {value}: only symmetric 4-bit weights "
+                    "with 16-bit activations can be converted; quantize the original model"
+                )
 
 
 def _repeats(scale: Tensor) -> bool:
