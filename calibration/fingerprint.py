@@ -36,7 +36,8 @@ class Run(BaseModel):
     """One run of ``flatquant quantize``: run.json of its staging folder.
 
     model, calib: as given, paths made absolute. config, tokens: digests of config.json and of the calibration
-    tokens. environment: what can change the last bits of the result.
+    tokens. environment: what can change the last bits of the result. processes: of torchrun, which decide how the
+    stored streams are ordered.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -50,6 +51,7 @@ class Run(BaseModel):
     config: str
     tokens: str
     environment: dict[str, str]
+    processes: int = 1
 
 
 def interrupted_run(out: Path) -> Run:
@@ -180,6 +182,10 @@ def check_same(out: Path, old: Run, new: Run) -> None:
         changed = f"the calibration tokens of {new.calib} have changed"
     elif old.device != new.device:
         changed = f"the device is {new.device} and was {old.device}"
+    elif old.processes != new.processes:
+        changed = (
+            f"it had {old.processes} processes (torchrun --nproc-per-node) and now has {new.processes}"
+        )
     if changed:
         raise UserError(_cannot_go_on(out, changed))
 

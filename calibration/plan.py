@@ -16,9 +16,10 @@ from .endtoend import check_memory, memory_needed
 from .errors import UserError
 from .export import TENSORS, WHOLE_BYTES
 from .fingerprint import scan_weights
+from .golden import head_name
 from .head import HEAD
 from .meter import Meter, peak_process, reset_peaks
-from .quantize import choose_device, head_name, make_spec, stream_device
+from .quantize import choose_device, make_spec, stream_device
 from .quantize_block import ERROR_ROWS, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import hadamard_rotation, rotated

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.pack import packing_step
-from ..kernels.w8_linear import w8_linear_ref
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
+from . import parallel
 from .block import check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
@@ -42,7 +42,8 @@ from .fingerprint import (
     text_digest,
     token_digest,
 )
-from .head import HEAD, PACKED, SCALE, head_cost, quantize_head
+from .golden import final_norm, golden, head_name, norm_name
+from .head import head_cost, quantize_head
 from .learned_rotation import find_rotation
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
@@ -63,17 +64,17 @@ ROTATION, MATRICES = "rotation", "matrices.safetensors"
 """Stage of the rotation's matrices, and its file."""
 HEAD_ROWS = 8
 """Calibration rows on which the cost of an 8-bit head is measured, where so many were followed."""
-GOLDEN_TOKENS = 64
-GOLDEN_TOP = 8
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is one; UserError if CUDA is asked for and absent."""
+    """``auto`` is CUDA where there is one, of several processes each its own; UserError if CUDA is asked for and
+    absent."""
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device '{device}' is unknown; use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no usable CUDA GPU; use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    name = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    return parallel.own_device(torch.device(name))
 
 
 def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
@@ -161,9 +162,10 @@ def quantize(
     model: folder or hub name. out: folder to make. calib: see ``calibration_tokens``. resume: go on with the
     interrupted run to ``out``, which must have been of the same model, recipe, tokens and device.
     Returns ``out``. Raises UserError for bad input. Finished blocks stay in the staging folder if anything
-    goes wrong after them; before the first block nothing stays.
+    goes wrong after them; before the first block nothing stays. In a process of torchrun: see parallel.py.
     """
-    tell = callbacks or Callbacks()
+    tell = (callbacks if parallel.is_writer() else None) or Callbacks()
+    parallel.share(recipe)  # refuses what several processes cannot do
     out = Path(out).resolve()
     where = choose_device(device)
     before = interrupted_run(out) if resume else None
@@ -178,15 +180,18 @@ def quantize(
     tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
     if recipe.distill_epochs:
         check_memory(source, recipe, where)  # now, not after all blocks
-    with Staging(out) as staging, explained(out, staging):
-        run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
-        begin(staging, run, before, tell)
-        if not staging.is_published():
-            if not staging.has(CHECKPOINT):
-                run_stages(staging, source, run, spec, tokens, where, tell)
-            staging.publish(run.overwrite)
-        else:
-            staging.remove()
+    with parallel.group(where), Staging(out) as staging, explained(out, staging):
+        if parallel.is_writer():
+            run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
+            begin(staging, run, before, tell)
+        parallel.wait()
+        run = interrupted_run(out)
+        published, built = staging.is_published(), staging.has(CHECKPOINT)
+        parallel.wait()  # every process has seen the same
+        if not published and not built:
+            run_stages(staging, source, run, spec, tokens, where, tell)
+        if parallel.is_writer():
+            staging.remove() if published else staging.publish(run.overwrite)
     return out
 
 
@@ -214,6 +219,7 @@ def describe_run(
         config=text_digest(source.raw_config),
         tokens=token_digest(tokens),
         environment=environment(device),
+        processes=parallel.world(),
     )
 
 
@@ -245,25 +251,28 @@ def run_stages(
     checkpoint.
 
     Each fills a folder that ``staging`` shows complete or not at all; its tensors-*.safetensors go into the
-    checkpoint.
+    checkpoint. Of several processes the first does alone what is not about rows; each has its rows of the tokens.
     """
     recipe, blocks = run.recipe, source.num_blocks
+    own, tokens = parallel.share(recipe), parallel.own_rows(tokens, recipe.batch_size)
     done = staging.finished_blocks()
     source = rotate_source(staging, source, recipe, tokens, device)
     kwargs = prepare_inputs(staging, source, tokens, device, write=done == 0)
-    if not staging.has(OTHERS):
+    if parallel.is_writer() and not staging.has(OTHERS):
         with staging.stage(OTHERS) as folder:
             save_others(folder, source)
-    x, x_q = read_streams(staging.folder / streams_stage(done), stream_device(recipe, source, device))
+    x, x_q = read_streams(staging.folder / streams_stage(done), stream_device(own, source, device))
     for i in range(done, blocks):
-        with staging.stage(block_stage(i)) as folder, seeded(recipe.seed * 1009 + i, device):
+        with staging.shared_stage(block_stage(i)) as folder, seeded(recipe.seed * 1009 + i, device):
             x, x_q, tensors, report = quantize_block(
-                source, i, recipe, spec, x, x_q, kwargs[i], device, folder
+                source, i, own, spec, x, x_q, kwargs[i], device, folder
             )
             save_block(folder, source.block_prefix(i), x, x_q, tensors, report)
         drop_streams(staging.folder / streams_stage(i))
         tell.block(report)
         tell.progress("quantize", (i + 1) / blocks)
+    if not parallel.is_writer():
+        return
     if recipe.distill_epochs:
         if not staging.has(DISTILLED):
             with staging.stage(DISTILLED) as folder, seeded(recipe.seed * 1009 + blocks, device):
@@ -285,9 +294,10 @@ def rotate_source(
     """The source that the blocks are read from: rotated if the recipe says so, by matrices that are a stage."""
     if recipe.rotation == "none":
         return source
-    if not staging.has(ROTATION):
+    if parallel.is_writer() and not staging.has(ROTATION):
         with staging.stage(ROTATION) as folder, seeded(recipe.seed * 1009 - 1, device):
             find_rotation(source, recipe, tokens, device).save(folder / MATRICES)
+    parallel.wait()
     return rotated(source, Rotation.load(staging.folder / ROTATION / MATRICES), device)
 
 
@@ -352,7 +362,7 @@ def prepare_inputs(
     block's input."""
     if not write:
         return record_inputs(source, tokens[:1], device)[1]
-    with staging.stage(INPUTS) as folder:
+    with staging.shared_stage(INPUTS) as folder:
         shape = (*tokens.shape, source.config.hidden_size)
         x = new_stream(folder / FULL, shape, torch.device("cpu"))
         return record_inputs(source, tokens, device, x)[1]
@@ -392,7 +402,7 @@ def explained(out: Path, staging: Staging) -> Iterator[None]:
         done = staging.finished_blocks()
         kept = f"; finished blocks are kept for --resume: {done}" if done else ""
         if isinstance(error, UserError):
-            raise UserError(str(error) if "--resume" in str(error) else f"{error}{kept}") from None
+            raise type(error)(str(error) if "--resume" in str(error) else f"{error}{kept}") from None
         why = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
         fix = "free space" if done else "free space or choose another --out"
         raise UserError(f"{out} cannot be written ({why}); {fix}{kept}") from error
@@ -406,46 +416,3 @@ def stream_device(recipe: Recipe, source: ModelSource, device: torch.device) -> 
     total = torch.cuda.get_device_properties(device).total_memory
     stream = recipe.samples * recipe.seq_len * source.config.hidden_size * 4
     return device if 4 * stream < total / 4 else torch.device("cpu")
-
-
-@torch.no_grad()
-def golden(
-    source: ModelSource, files: WeightFiles, tokens: Tensor, hidden: Tensor, device: torch.device
-) -> dict[str, Tensor]:
-    """A prompt and the finished model's top logits in float32, for ``flatquant inspect --verify``.
-
-    files: the checkpoint's weights. tokens: int64 [T]. hidden: output of the last finished block [T, hidden].
-    Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
-    """
-    n = min(GOLDEN_TOKENS, len(tokens))
-    states = final_norm(source, files, device)(hidden[:n].to(device))
-    if PACKED in files:
-        logits = w8_linear_ref(states, *(files.tensor(name).to(device) for name in (PACKED, SCALE)))
-    else:
-        logits = states @ files.tensor(head_name(source, files)).to(device, torch.float32).T
-    top = logits.topk(min(GOLDEN_TOP, logits.shape[-1]))
-    return {
-        "input_ids": tokens[:n].clone(),
-        "top_ids": top.indices.cpu(),
-        "top_logits": top.values.cpu(),
-    }
-
-
-def norm_name(source: ModelSource) -> str:
-    """Name of the weight of the norm before the head."""
-    return f"{source.arch.blocks.rpartition('.')[0]}.norm.weight"
-
-
-def head_name(source: ModelSource, files: WeightFiles) -> str:
-    """Name of the head's 16-bit weight: its own, or the embedding's."""
-    embedding = f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight"
-    return HEAD if HEAD in files else embedding
-
-
-@torch.no_grad()
-def final_norm(source: ModelSource, files: WeightFiles, device: torch.device) -> nn.Module:
-    """The norm before the head, in float32."""
-    kind = type(source.model.model.norm)
-    norm: nn.Module = kind(source.config.hidden_size, source.config.rms_norm_eps).to(device)
-    norm.weight.copy_(files.tensor(norm_name(source)))  # type: ignore[operator]
-    return norm

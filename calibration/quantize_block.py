@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..spec import FlatQuantSpec
+from . import parallel
 from .block import TrainableBlock
 from .endtoend import LATENT
 from .errors import UserError
@@ -32,7 +33,7 @@ REPORT, LATENTS = "report.json", "latents.safetensors"
 @dataclass
 class BlockReport:
     """One line of calibration_log.jsonl. Errors and losses are mean squared, against the
-    full-precision block; a loss is that of one training epoch."""
+    full-precision block; a loss is that of one training epoch. Time and memory are the first process's."""
 
     block: int
     blocks: int
@@ -43,6 +44,7 @@ class BlockReport:
     rounding: dict[str, RoundingReport]
     seconds: float
     peak_memory_gb: float
+    processes: int = 1
 
 
 def quantize_block(
@@ -74,14 +76,14 @@ def quantize_block(
     meter.enter("observe")
     target = new_stream(folder and folder / FULL, tuple(x.shape), x.device)
     stats = collect_stats(layer, source.arch, x, kwargs, size, device, target)[1]
-    if not all(is_finite(row) for row in target):
+    if parallel.anywhere(not all(is_finite(row) for row in target)):
         raise UserError(
             f"block {index} gives NaN or inf on the calibration text; the model is damaged or its dtype "
             "overflows"
         )
     block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
     meter.enter("check")
-    few = slice(0, min(ERROR_ROWS, len(x)))
+    few = slice(0, max(1, ERROR_ROWS // parallel.world()))
     before = block_error(layer, x[few], target[few], kwargs, size, device)
     block.forget()
     meter.enter("train")
@@ -111,6 +113,7 @@ def quantize_block(
         rounding=rounding,
         seconds=sum(meter.seconds.values()),
         peak_memory_gb=meter.peak_gb,
+        processes=parallel.world(),
     )
     return target, quantized, tensors, report
 
@@ -123,13 +126,16 @@ def save_block(
     tensors: dict[str, Tensor],
     report: BlockReport,
 ) -> None:
-    """Write what ``quantize_block`` returned to the folder of its stage. prefix: of the tensors' full names."""
+    """Write what ``quantize_block`` returned to the folder of its stage, which each process gives its rows of the
+    streams. prefix: of the tensors' full names."""
+    store_stream(folder / FULL, x)
+    store_stream(folder / QUANTIZED, x_q)
+    if not parallel.is_writer():
+        return
     latents = {n: t.cpu() for n, t in tensors.items() if n.endswith(LATENT)}
     save_tensors(folder, {prefix + n: t for n, t in tensors.items() if n not in latents})
     if latents:
         save_file(latents, folder / LATENTS)
-    store_stream(folder / FULL, x)
-    store_stream(folder / QUANTIZED, x_q)
     write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
 
 
@@ -151,5 +157,8 @@ def block_error(
     batch_size: int,
     device: torch.device,
 ) -> float:
-    """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden]."""
-    return F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target).item()
+    """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden], over the rows
+    of all processes."""
+    error = F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target)
+    parallel.mean_(error)
+    return error.item()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.pack import pack_codes
 from ..spec import Activations, FlatQuantSpec, KVCache
+from . import parallel
 from .architectures import Architecture
 from .block import set_submodule
 from .errors import UserError
@@ -118,6 +119,8 @@ def round_block(
                 codes = gptq(weight, scale, sweep, grid.bits, recipe.gptq_block)
             else:
                 codes = qronos(weight, scale, sweep, cross, grid.bits, recipe.gptq_block)
+        parallel.broadcast_(codes)
+        parallel.broadcast_(scale)
         rows = [len(folded.weights[linear]) for linear in group]
         for linear, some, its_scale in zip(group, codes.split(rows), scale.split(rows), strict=True):
             tensors[f"{linear}.weight_packed"] = pack_codes(some, recipe.weight_bits).contiguous()
@@ -163,4 +166,7 @@ def accumulate(
             product = z.T @ exact.inputs(site, next(goals), kwargs)
             cross = product.double() if cross is None else cross.add_(product)
     assert hessian is not None
+    parallel.sum_(hessian)
+    if cross is not None:
+        parallel.sum_(cross)
     return hessian, cross

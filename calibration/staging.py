@@ -2,7 +2,8 @@
 
 ``.NAME.partial`` holds ``run.json`` (what is being done, to what), ``lock``, and a folder for each finished stage:
 ``inputs``, ``block-00000``, ``block-00001``, ..., and at the end ``checkpoint``, which becomes the output. A
-stage that is being worked on has the suffix ``.tmp``. Whoever opens the folder holds its lock.
+stage that is being worked on has the suffix ``.tmp``. Whoever opens the folder holds its lock; of several processes
+of one run (parallel.py) the first does, for all.
 """
 
 import fcntl
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from typing_extensions import Self
 
+from . import parallel
 from .errors import UserError
 
 INPUTS, CHECKPOINT = "inputs", "checkpoint"
@@ -68,6 +70,8 @@ class Staging:
         self._lock, self._removed = -1, False
 
     def __enter__(self) -> Self:
+        if not parallel.is_writer():
+            return self
         while self._lock < 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -107,6 +111,8 @@ class Staging:
         return -1
 
     def __exit__(self, *_: object) -> None:
+        if not parallel.is_writer():
+            return
         if not self._removed and not self.finished_blocks():
             self.remove()
         os.close(self._lock)
@@ -168,6 +174,20 @@ class Staging:
         except BaseException:
             remove(work)
             raise
+
+    @contextmanager
+    def shared_stage(self, name: str) -> Iterator[Path]:
+        """As ``stage``, for a folder that every process fills: the first makes and commits it."""
+        if parallel.is_writer():
+            with self.stage(name) as work:
+                parallel.wait()
+                yield work
+                parallel.wait()
+        else:
+            parallel.wait()
+            yield self.folder / f"{name}{_TMP}"
+            parallel.wait()
+        parallel.wait()  # it has its name now
 
     def publish(self, overwrite: bool) -> Path:
         """Move the finished checkpoint to ``out`` and remove the staging folder."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
+
 log = logging.getLogger(__name__)
 EAGER = "FLATQUANT_EAGER_TRAINING"
 """Environment variable that turns captures off, should a driver or library not bear them."""
@@ -40,7 +42,8 @@ class Steps:
     groups: the optimizer's, with their rates. factor: multiplies the rates at each step. normalize: divide each
     loss by its own value (FlatQuant's setting, so that all blocks have gradients of one size). precision: of
     float32 products, as ``torch.set_float32_matmul_precision`` calls it. graph: capture on CUDA; if that fails a
-    warning says so and the steps stay eager.
+    warning says so and the steps stay eager. With several processes (parallel.py) each has its part of the inputs,
+    loss and gradients are their mean, and nothing is captured: a capture with NCCL inside is not tried yet.
 
     A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``; nothing waits for the
     device.
@@ -68,7 +71,7 @@ class Steps:
         self.parameters = [p for group in groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
         self.count = 0
-        self.wanted = graph and cuda and not os.environ.get(EAGER)
+        self.wanted = graph and cuda and parallel.world() == 1 and not os.environ.get(EAGER)
         self.side = torch.cuda.Stream(device) if self.wanted else None
         self.graph: torch.cuda.CUDAGraph | None = None
         self.inputs: tuple[Tensor, ...] = ()
@@ -102,17 +105,21 @@ class Steps:
         torch.set_float32_matmul_precision(self.precision)
         try:
             loss = self.loss(*inputs)
-            (loss / loss.detach().clamp(min=1e-30) if self.normalize else loss).backward()
+            value = loss.detach().clone()
+            parallel.mean_(value)
+            (loss / value.clamp(min=1e-30) if self.normalize else loss).backward()
         finally:
             torch.set_float32_matmul_precision(before)
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        bad = ~(torch.isfinite(norm) & torch.isfinite(loss.detach()))
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        parallel.mean_(*gradients)
+        norm = nn.utils.get_total_norm(gradients)
+        bad = ~(torch.isfinite(norm) & torch.isfinite(value))
         self.optimizer.found_inf = (
             bad.float()
         )  # the fused kernel leaves everything as it is if this is 1
         self.optimizer.step()
         self.skipped += bad
-        return torch.where(bad, 0.0, loss.detach())
+        return torch.where(bad, 0.0, value)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         graph = torch.cuda.CUDAGraph()

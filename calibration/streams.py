@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .data import check_vocabulary
 from .source import ModelSource
 
@@ -19,30 +20,40 @@ FULL, QUANTIZED = "full.npy", "quantized.npy"
 def new_stream(file: Path | None, shape: tuple[int, ...], device: torch.device) -> Tensor:
     """An uninitialized float32 tensor for a stream: on the CPU a memory-mapped ``file``, which the system may
     keep on the disk alone; on a GPU, or without a file, in memory. The disk space is taken now, so that a full
-    disk is an OSError here."""
+    disk is an OSError here. The file has room for the streams of all processes, one after another."""
     if file is None or device.type != "cpu":
         return torch.empty(shape, device=device)
-    mapped = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-    number = os.open(file, os.O_RDWR)
-    try:
-        os.posix_fallocate(number, 0, os.fstat(number).st_size)
-    finally:
-        os.close(number)
-    return torch.from_numpy(mapped)
+    if parallel.is_writer():
+        whole = (parallel.world() * shape[0], *shape[1:])
+        np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=whole)
+        number = os.open(file, os.O_RDWR)
+        try:
+            os.posix_fallocate(number, 0, os.fstat(number).st_size)
+        finally:
+            os.close(number)
+    parallel.wait()
+    return _mapped(file)
+
+
+def _mapped(file: Path) -> Tensor:
+    """This process's part of the stream in ``file``."""
+    return parallel.own_part(torch.from_numpy(np.load(file, mmap_mode="r+")))
 
 
 def store_stream(file: Path, stream: Tensor) -> None:
     """Write a stream to ``file`` unless ``new_stream`` mapped it there."""
-    if not file.exists():
+    exists = file.exists()
+    parallel.wait()  # so that each has looked before the first makes it
+    if not exists:
         new_stream(file, tuple(stream.shape), torch.device("cpu")).copy_(stream)
 
 
 def read_streams(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The streams stored in ``folder``, on ``device``, memory-mapped if that is the CPU; one that is not there is
-    the other."""
+    """This process's streams in ``folder``, on ``device``, memory-mapped if that is the CPU; one that is not there
+    is the other."""
 
     def read(file: Path) -> Tensor:
-        return torch.from_numpy(np.load(file, mmap_mode="r+")).to(device)
+        return _mapped(file).to(device)
 
     full, quantized = folder / FULL, folder / QUANTIZED
     x = read(full if full.exists() else quantized)
@@ -51,6 +62,8 @@ def read_streams(folder: Path, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def drop_streams(folder: Path) -> None:
     """Remove the streams from a stage's folder."""
+    if not parallel.is_writer():
+        return
     for name in (FULL, QUANTIZED):
         (folder / name).unlink(missing_ok=True)
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import parallel
 from .architectures import Architecture
 from .block import Stats, TrainableBlock
 from .recipe import Recipe
@@ -52,6 +53,7 @@ def collect_stats(
     finally:
         for handle in handles:
             handle.remove()
+    parallel.max_(*amax.values())
     return out, Stats(**amax)
 
 
@@ -99,4 +101,5 @@ def train_block(
             total += trainer.step(batch, goal) * len(batch)
         losses.append(total / len(x))
     block.forget()
+    parallel.broadcast_(*block.parameters())  # they are equal but for what a device may round otherwise
     return TrainReport([float(total) for total in losses], int(trainer.skipped))

@@ -3,12 +3,16 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from .commands import COMMANDS, DeviceOption
+
+QUIET = 3.0
+"""Seconds that a process of torchrun leaves to another one to say what is wrong."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,13 +73,19 @@ def quantize(
     ] = False,
 ) -> None:
     """Turn a model into a 4-bit checkpoint, block by block."""
+    from .calibration import parallel
+    from .calibration.errors import UserError
     from .calibration.fingerprint import interrupted_run
     from .calibration.recipe import PRESETS, make_recipe
     from .calibration.recipes import DEFAULT, choose_recipe
     from .tools.progress import quantize_with_progress, what_is_kept
 
+    if not parallel.is_writer():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if dry_run and parallel.world() > 1:
+        raise UserError("--dry-run plans a run of one process; start it without torchrun")
     if preset not in (None, *PRESETS):
-        fail(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
+        raise UserError(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
     before = interrupted_run(out.resolve()) if resume else None
     given = {
         "scheme": scheme.lower() if scheme else None,
@@ -99,7 +109,9 @@ def quantize(
         model, calib = model or before.model, calib or before.calib
         device = before.device if device == "auto" else device
     if model is None:
-        fail("Missing argument 'MODEL': the folder or Hugging Face name of the unquantized model")
+        raise UserError(
+            "Missing argument 'MODEL': the folder or Hugging Face name of the unquantized model"
+        )
     if preset == "quick":
         print(
             f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens and "
@@ -113,7 +125,8 @@ def quantize(
     try:
         quantize_with_progress(model, out, settings, calib or "stdlib", device, overwrite, resume)
     except (KeyboardInterrupt, SystemExit) as stop:
-        print(f"flatquant: interrupted; {what_is_kept(out)}", file=sys.stderr)
+        if parallel.is_writer():
+            print(f"flatquant: interrupted; {what_is_kept(out)}", file=sys.stderr)
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
 
 
@@ -125,6 +138,16 @@ def fail(message: str) -> NoReturn:
     """Print one sentence and leave with status 1."""
     print(f"flatquant: {message}", file=sys.stderr)
     raise SystemExit(1)
+
+
+def leave_to_others(error: Exception) -> None:
+    """In a process of torchrun: wait for the one whose sentence says more, as torchrun then ends this one. The
+    first process speaks for all that fail alike, and all speak before those that only saw another stop."""
+    from .calibration import parallel
+
+    stopped = isinstance(error, parallel.Stopped)
+    if parallel.world() > 1 and (stopped or not parallel.is_writer()):
+        time.sleep(2 * QUIET if stopped else QUIET)
 
 
 def main() -> None:
@@ -149,6 +172,7 @@ def main() -> None:
             sys.stderr.flush()
             os._exit(0)
     except UserError as error:
+        leave_to_others(error)
         fail(str(error))
 
 

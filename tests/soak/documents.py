@@ -27,7 +27,7 @@ NOT_RUN = {
     "python benchmarks/": "takes minutes to hours; tests/cpu/test_example_accuracy.py runs the same functions",
     "hf upload": "needs an account",
     "flatquant eval DIR --tasks": "tests/cpu/test_tools_evaluation.py runs local tasks on both backends",
-    "torchrun": "needs several GPUs",
+    "torchrun": "needs several GPUs; tests/cpu/test_data_parallel.py runs it on the CPU",
 }
 """Start of a command -> why nothing executes it."""
 

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from ..calibration.card import model_card
 from ..calibration.errors import UserError
 from ..calibration.export import write_checkpoint
-from ..calibration.quantize import GOLDEN_TOKENS, GOLDEN_TOP
+from ..calibration.golden import GOLDEN_TOKENS, GOLDEN_TOP
 from ..calibration.reference import load_reference
 from ..calibration.source import GOLDEN, WeightFiles, check_weights, load_config, read_config
 from ..calibration.staging import check_out

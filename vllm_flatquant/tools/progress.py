@@ -13,6 +13,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from ..calibration import parallel
 from ..calibration.quantize import Callbacks, choose_device, quantize
 from ..calibration.quantize_block import BlockReport
 from ..calibration.recipe import Recipe
@@ -27,7 +28,11 @@ def what_is_kept(out: Path) -> str:
     done = finished_blocks(out.resolve())
     if not done:
         return "nothing was written"
-    return f"{done} finished blocks are kept: go on with `flatquant quantize --out {out} --resume`"
+    started = parallel.world() > 1
+    again = (
+        f"torchrun --nproc-per-node {parallel.world()} -m vllm_flatquant.cli" if started else "flatquant"
+    )
+    return f"{done} finished blocks are kept: go on with `{again} quantize --out {out} --resume`"
 
 
 def quantize_with_progress(
@@ -46,7 +51,7 @@ def quantize_with_progress(
     console.print(
         f"{'going on ' if resume else ''}quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on "
         f"{choose_device(device)}; calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, "
-        f"{recipe.epochs} epochs"
+        f"{recipe.epochs} epochs" + (f", {parallel.world()} processes" if parallel.world() > 1 else "")
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
