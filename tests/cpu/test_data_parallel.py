@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from vllm_flatquant import cli
 from vllm_flatquant.calibration import parallel
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import Callbacks, quantize
@@ -156,6 +157,22 @@ def test_dry_run_is_refused(launched, run, model, tmp_path):
     launched(2)
     status, _, err = run("quantize", model, "--out", tmp_path / "out", "--dry-run")
     assert status == 1 and "without torchrun" in err
+
+
+def test_the_first_process_speaks_for_all(launched, run, monkeypatch, tmp_path):
+    """What all find wrong is said by the first; who only saw another stop waits longest."""
+    naps: list[float] = []
+    monkeypatch.setattr(cli.time, "sleep", naps.append)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # the command sends it nowhere in other processes
+    words = ("quantize", tmp_path / "nowhere", "--out", tmp_path / "out", "--device", "cpu")
+    launched(2)
+    status, _, err = run(*words)
+    assert (status, naps) == (1, []) and "does not exist" in err
+    cli.leave_to_others(parallel.Stopped("another"))
+    assert naps == [2 * cli.QUIET]
+    launched(2, rank=1)
+    status, said, _ = run(*words, "--preset", "quick")
+    assert (status, said, naps) == (1, "", [2 * cli.QUIET, cli.QUIET])
 
 
 def test_every_batch_is_divided(launched):
