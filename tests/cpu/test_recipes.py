@@ -52,7 +52,8 @@ def test_the_page_lists_the_registry():
         assert f"**{entry.recipe().system}**" in page
 
 
-def test_configurations_of_the_comparison(tmp_path):
+def test_configurations_of_the_comparison(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     accuracy = script(ROOT / "benchmarks" / "accuracy.py")
     common = {"samples": 8, "seq_len": 32}
     with accuracy.RESULTS.open(newline="") as file:

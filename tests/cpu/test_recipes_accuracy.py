@@ -53,7 +53,7 @@ def test_learned_scalings_under_plain_rounding(measure, name, margin, more):
 
 def test_spinquant_lowers_the_cross_entropy_of_the_quantized_model():
     source = ModelSource(MODEL)
-    recipe = choose_recipe("spinquant-w4a4", **FEW, rotation_steps=12, rotation_batch=4).recipe
+    recipe = choose_recipe("spinquant-w4a4", **FEW, rotation_steps=40, rotation_batch=4).recipe
     tokens = calibration_tokens("stdlib", MODEL, recipe.samples, recipe.seq_len, recipe.seed)
     learned = learn_rotation(source, recipe, tokens, torch.device("cpu"))
 
