@@ -44,7 +44,7 @@ class Recipe(BaseModel):
     distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     system: str = "FlatQuant"
     paper: str = "arXiv 2410.09426"

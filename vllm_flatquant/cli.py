@@ -39,9 +39,9 @@ def quantize(
     lm_head_bits: Annotated[
         int | None, typer.Option(help="bits of the output head: 16, or 8 (its cost is printed) [recipe]")
     ] = None,
-    rounding: Annotated[str | None, typer.Option(help="rtn or gptq [recipe]")] = None,
+    rounding: Annotated[str | None, typer.Option(help="rtn, gptq or qronos [recipe]")] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="weights per scale (w4a16 only) [recipe]")
+        int | None, typer.Option(help="weights per scale (with 16-bit activations) [recipe]")
     ] = None,
     shards: Annotated[
         int | None, typer.Option(help="tensor-parallel sizes that divide this can serve [recipe]")

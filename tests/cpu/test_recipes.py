@@ -138,3 +138,13 @@ def test_commands(run, model, calib, tmp_path):
 
     status, _, err = run(*args, "--out", tmp_path / "c", "--recipe", "flatquant-w4a5")
     assert status == 1 and "did you mean" in err and not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize("setting", ["lr", "distill_lr", "damping", "magr_alpha", "clip_lr_factor"])
+def test_settings_are_finite(tmp_path, setting, value):
+    """An infinite rate would train every block to garbage and call it done."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"{setting}: {value}\n")
+    with pytest.raises(UserError, match=rf"recipe.yaml: {setting}="):
+        choose_recipe(str(file))
