@@ -76,13 +76,14 @@ _BODY = """---
 
 ## Serve
 
+With vLLM and the vllm-flatquant plugin in one environment:
+
 ```bash
-pip install vllm vllm-flatquant
 vllm serve <this folder or repository>
 ```
 
-Without the vllm-flatquant plugin vLLM answers "Unknown quantization method: flatquant". Check a download with
-`flatquant inspect <folder> --verify`. Tensor parallel sizes that divide {shards} are served.
+Without the plugin vLLM answers "Unknown quantization method: flatquant". Check a download with
+`flatquant inspect <folder> --verify`. It has {shards} tensor-parallel shard(s): `--tensor-parallel-size` must divide that.
 
 ## Accuracy
 
@@ -112,8 +113,8 @@ def _numbers(spec: FlatQuantSpec) -> str:
 def _made(recipe: Recipe, calib: str) -> str:
     return (
         f"Calibrated on {recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs for each "
-        f"block, {recipe.rounding.upper()} rounding, seed {recipe.seed}. The whole recipe (`recipe.yaml`), and "
-        f"`calibration_log.jsonl` has each block's error:\n\n```yaml\n{recipe.to_yaml(calib)}```"
+        f"block, {recipe.rounding.upper()} rounding, seed {recipe.seed}. `calibration_log.jsonl` has "
+        f"each block's error, `recipe.yaml` the whole recipe:\n\n```yaml\n{recipe.to_yaml(calib)}```"
     )
 
 

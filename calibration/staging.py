@@ -193,6 +193,11 @@ class Staging:
         """Move the finished checkpoint to ``out`` and remove the staging folder."""
         check_out(self.out, overwrite)  # something may have appeared there meanwhile
         (self.folder / _PUBLISHED).touch()
+        mode = (
+            (self.folder / _PUBLISHED).stat().st_mode
+        )  # safetensors writes files that only the owner may read
+        for file in (self.folder / CHECKPOINT).iterdir():
+            file.chmod(mode)
         if self.out.exists():
             remove(self.folder / _OLD)
             self.out.rename(self.folder / _OLD)

@@ -18,6 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich takes a default such as [recipe] for a style and drops it
     help="Quantize models with FlatQuant and check the result. Serve one with `vllm serve DIR`.",
 )
 
@@ -33,7 +34,10 @@ def quantize(
         typer.Option(help="a name that `flatquant recipes` lists, or a YAML file [flatquant-w4a4]"),
     ] = None,
     scheme: Annotated[
-        str | None, typer.Option(help="bits of weights and activations, such as w4a8 [recipe]")
+        str | None,
+        typer.Option(
+            help="bits of weights and activations: w4, w3 or w2 with a4, a8 or a16; w8a8, w8a16 [recipe]"
+        ),
     ] = None,
     kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
     lm_head_bits: Annotated[
@@ -44,7 +48,8 @@ def quantize(
         int | None, typer.Option(help="weights per scale (with 16-bit activations) [recipe]")
     ] = None,
     shards: Annotated[
-        int | None, typer.Option(help="tensor-parallel sizes that divide this can serve [recipe]")
+        int | None,
+        typer.Option(help="1, 2, 4 or 8: tensor-parallel sizes that divide it can serve [recipe]"),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="default, or quick (reduced: for trying things out)")
@@ -56,7 +61,9 @@ def quantize(
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="FILE.txt, FILE.jsonl, FILE.npy, stdlib or a dataset name [recipe, stdlib]"),
+        typer.Option(
+            help="FILE.txt, FILE.jsonl, FILE.npy, stdlib or a dataset name [recipe, else stdlib]"
+        ),
     ] = None,
     device: DeviceOption = "auto",
     seed: Annotated[int | None, typer.Option(help="of every random choice [recipe]")] = None,
@@ -72,7 +79,7 @@ def quantize(
         typer.Option("--dry-run", help="only say what it will take: try one block, estimate the rest"),
     ] = False,
 ) -> None:
-    """Turn a model into a 4-bit checkpoint, block by block."""
+    """Turn a model into a quantized checkpoint, block by block."""
     from .calibration import parallel
     from .calibration.errors import UserError
     from .calibration.fingerprint import interrupted_run

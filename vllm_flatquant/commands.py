@@ -46,14 +46,16 @@ def evaluate(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="mathematics outside the integer products [float32; bfloat16 with vLLM on a GPU]"
+            help="of what is not integer: float32, bfloat16 or float16 [float32; bfloat16 with vLLM on a GPU]"
         ),
     ] = None,
     device: DeviceOption = "auto",
     as_json: JsonOption = False,
 ) -> None:
-    """Perplexity over non-overlapping windows (mean next-token cross entropy of each, exponentiated), or
-    the scores of tasks."""
+    """Measure perplexity, or the scores of tasks.
+
+    Perplexity is over non-overlapping windows: the mean next-token cross entropy, exponentiated.
+    """
     result: Any
     if tasks is not None:
         from .tools.tasks import run_tasks, score_lines
@@ -96,8 +98,11 @@ def inspect(
     ] = "all",
     as_json: JsonOption = False,
 ) -> None:
-    """What a checkpoint holds, whether it is complete, what this machine would run it with, and (with
-    --verify) whether it still computes the same."""
+    """Show what a checkpoint holds; with --verify, test it.
+
+    Also whether it is complete, what would run it on this machine, and (with --verify) whether it still
+    computes what it did when it was made.
+    """
     from .tools.inspection import describe_folder, inspect_lines, verify_folder
 
     found = describe_folder(folder)
@@ -114,8 +119,11 @@ def diff(
     second: Annotated[str, typer.Argument(help="checkpoint folder")],
     as_json: JsonOption = False,
 ) -> None:
-    """Compare two checkpoints: configuration, recipe, tensors and recorded results. Like diff, status 0 if
-    they are the same, 1 if they differ and 2 on trouble."""
+    """Compare two checkpoints.
+
+    Configuration, recipe, tensors and recorded results. Like diff, status 0 if they are the same, 1 if they
+    differ and 2 on trouble.
+    """
     from .calibration.errors import UserError
     from .tools.diff import diff_folders, diff_lines
 
@@ -148,8 +156,11 @@ def convert(
         bool, typer.Option("--overwrite", help="replace a folder that is not empty")
     ] = False,
 ) -> None:
-    """Turn what another FlatQuant tool made into a checkpoint: flat_matrices.pth and RealQuant folders of
-    the official code, SqueezeBits W4A16 folders, vllm-ascend W4A4_FLATQUANT_DYNAMIC folders."""
+    """Make a checkpoint from another FlatQuant tool's.
+
+    Reads flat_matrices.pth and RealQuant folders of the official code, SqueezeBits W4A16 folders and
+    vllm-ascend W4A4_FLATQUANT_DYNAMIC folders.
+    """
     from .tools.convert import convert as run
 
     for note in run(source, out, model, scheme, kv, overwrite, golden):
@@ -170,8 +181,10 @@ def plot(
     seq_len: Annotated[int, typer.Option(help="tokens per window")] = 512,
     device: DeviceOption = "auto",
 ) -> None:
-    """Draw flatness before and after the transforms, each block's error and the training losses, as PNG and
-    SVG."""
+    """Draw flatness, errors and losses as PNG and SVG.
+
+    Flatness is drawn before and after the transforms, errors by block, and losses of the training.
+    """
     from .tools.plot import plot_folder
 
     files, missing = plot_folder(folder, out, original, text, block, samples, seq_len, device)
@@ -184,8 +197,10 @@ def plot(
 def recipes(
     name: Annotated[str | None, typer.Argument(help="show the settings of this one")] = None,
 ) -> None:
-    """List the named recipes; with a name (or file), every setting of that one as YAML, to edit and pass to
-    `quantize --recipe`."""
+    """List the named recipes, or show one.
+
+    With a name (or file), every setting of that one as YAML, to edit and pass to `quantize --recipe`.
+    """
     from .calibration.recipes import choose_recipe
     from .tools.listing import recipe_table, recipe_yaml
 

@@ -138,3 +138,17 @@ def test_comments_and_quotes_are_told_apart(tmp_path):
 def test_reasons_are_sentences_and_the_example_exists():
     assert all(len(reason.split()) >= 3 for reason in NOT_RUN.values())
     assert Path(MODEL / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "parts"),
+    [
+        ("quantize", ("calibration rows [preset or recipe]", "qronos", "w8a8")),
+        ("eval", ("tokens per window [2048]", "examples [the task's]")),
+        ("plot", ("[the middle one]", "[FOLDER/plots]")),
+    ],
+)
+def test_help_says_what_holds_without_an_option(run, command, parts):
+    _, out, _ = run(command, "--help")
+    text = " ".join(out.split())
+    assert all(part in text for part in parts), text

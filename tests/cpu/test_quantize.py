@@ -1,6 +1,7 @@
 """The pipeline on tiny models: every scheme gives a complete checkpoint that computes what it recorded."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -127,6 +128,17 @@ def test_the_card_and_recipe_name_no_path(tmp_path, calib):
         assert "secret" not in text
     assert yaml.safe_load((out / "recipe.yaml").read_text())["calib"] == "calib.npy"
     assert "base_model: m\n" in (out / "README.md").read_text()
+
+
+def test_files_may_be_read_by_whom_the_umask_allows(tmp_path, calib):
+    before = os.umask(0o022)
+    try:
+        _, out = make(tmp_path, calib)
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in out.iterdir()} == {
+        file.name: 0o644 for file in out.iterdir()
+    }
 
 
 def test_factors_are_bf16_values_and_w4a16_scales_too(tmp_path, calib):

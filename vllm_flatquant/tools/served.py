@@ -1,6 +1,7 @@
 """A checkpoint asked through vLLM's own engine: prompt log-probabilities in float32 or 16 bits."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ def prepare_engine() -> None:
     """
     # vLLM logs to stdout by default, where the result belongs.
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    # Its warnings are about servers, and one is a traceback because no tokenizer is needed here.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if not torch.cuda.is_available():
         # GiB; by default vLLM wants most of the machine's memory, which a busy machine does not have.
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -29,6 +32,9 @@ def prepare_engine() -> None:
         import vllm  # noqa: F401
     except ImportError:
         raise UserError("vLLM is not installed; use --backend reference or `pip install vllm`") from None
+    print(
+        "starting vLLM, which can take minutes (VLLM_LOGGING_LEVEL=INFO shows its log)", file=sys.stderr
+    )
     global engines_started
     engines_started += 1
 
