@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from .errors import UserError
-from .recipe import Recipe, make_recipe
+from .recipe import PRESETS, Recipe, make_recipe
 
 DEFAULT = "flatquant-w4a4"
 """What ``flatquant quantize`` does if no recipe is asked for."""
@@ -240,6 +240,14 @@ class Chosen:
     recipe: Recipe
     base: str
     calib: str | None = None
+
+
+def preset_settings(preset: str, recipe: str) -> dict[str, Any]:
+    """What ``--preset`` changes in a recipe (a name or a file); one that trains nothing keeps its 0 epochs."""
+    settings = dict(PRESETS[preset])
+    if choose_recipe(recipe).recipe.epochs == 0:
+        settings.pop("epochs", None)
+    return settings
 
 
 def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:

@@ -84,7 +84,7 @@ def quantize(
     from .calibration.errors import UserError
     from .calibration.fingerprint import interrupted_run
     from .calibration.recipe import PRESETS, make_recipe
-    from .calibration.recipes import DEFAULT, choose_recipe
+    from .calibration.recipes import DEFAULT, choose_recipe, preset_settings
     from .tools.progress import quantize_with_progress, what_is_kept
 
     if not parallel.is_writer():
@@ -106,7 +106,8 @@ def quantize(
         "epochs": epochs,
         "seed": seed,
     }
-    changed = {**PRESETS[preset or "default"], **{k: v for k, v in given.items() if v is not None}}
+    reduced = preset_settings(preset, recipe or DEFAULT) if preset else {}
+    changed = {**reduced, **{k: v for k, v in given.items() if v is not None}}
     if before and recipe is None:
         settings = make_recipe(**{**before.recipe.model_dump(), **changed})
     else:

@@ -10,7 +10,7 @@ import yaml
 
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.recipe import Recipe
-from vllm_flatquant.calibration.recipes import DEFAULT, RECIPES, choose_recipe
+from vllm_flatquant.calibration.recipes import DEFAULT, RECIPES, choose_recipe, preset_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -148,3 +148,9 @@ def test_settings_are_finite(tmp_path, setting, value):
     file.write_text(f"{setting}: {value}\n")
     with pytest.raises(UserError, match=rf"recipe.yaml: {setting}="):
         choose_recipe(str(file))
+
+
+def test_a_preset_trains_no_recipe_that_trains_nothing():
+    assert preset_settings("quick", "flatquant-w4a4")["epochs"] == 3
+    assert "epochs" not in preset_settings("quick", "quarot-w4a4-rtn")
+    assert preset_settings("quick", "quarot-w4a4-rtn")["samples"] == 16
