@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_model import make_model
 
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.choice import kernel_name, suitable_scheme
 from vllm_flatquant.kernels.pack import pack_codes, unpack_codes
+from vllm_flatquant.tools.inspection import BFLOAT16, FLOAT32, check_logits
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = """
@@ -205,3 +207,18 @@ def test_an_8_bit_head_counts_with_the_rest_and_compares_by_code(run, tmp_path, 
     values = json.loads(printed.splitlines()[-1])["tensors"]["values"]
     assert list(values) == ["lm_head.weight_packed"]
     assert values["lm_head.weight_packed"]["max_difference"] == 1
+
+
+def test_a_code_that_moves_early_is_no_damage():
+    """Exact first positions and a moderate rest pass where codes may move; damage from the start does not."""
+    top = torch.arange(8.0, 0, -1).repeat(16, 1) * 2
+    ids = torch.arange(8).repeat(16, 1)
+    moved = top.clone()
+    moved[5:, 1:] += 0.4
+    coarse, strict = BFLOAT16[4], FLOAT32
+    assert "ok" in check_logits("vllm", moved, ids, top, True, strict, coarse)
+    with pytest.raises(UserError, match="FAILED"):
+        check_logits("vllm", moved, ids, top, True, strict)
+    moved[0, 1:] += 0.4
+    with pytest.raises(UserError, match="FAILED"):
+        check_logits("vllm", moved, ids, top, True, strict, coarse)
