@@ -22,7 +22,7 @@ from .meter import free_memory
 from .recipe import Recipe
 from .reference import install_block, load_reference
 from .source import ModelSource
-from .steps import Steps, cosine
+from .steps import MeanLoss, Steps, cosine
 from .streams import batches, record_inputs, run_block
 from .student import StudentBlock, Tunable
 
@@ -235,15 +235,14 @@ def distill(
 
     trainer = Steps(loss, groups, cosine(steps, WARMUP), device, precision=recipe.precision)
     shuffle = torch.Generator().manual_seed(recipe.seed)
-    losses: list[Tensor] = []
+    losses: list[MeanLoss] = []
     for epoch in range(recipe.distill_epochs):
-        total = torch.zeros((), device=device)
+        losses.append(MeanLoss(device))
         order = torch.randperm(len(tokens), generator=shuffle).to(first.device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
-            total += trainer.step(first[rows].to(device), last[rows].to(device)) * len(rows)
+            losses[-1].add(trainer.step(first[rows].to(device), last[rows].to(device)), len(rows))
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
-        losses.append(total / len(tokens))
     report = DistillReport(float(losses[0]), float(losses[-1]), int(trainer.skipped))
     exported = [s.export() for s in students]  # type: ignore[operator]
     return exported, {head.name: head.gain().detach().to(head.dtype)}, report

@@ -20,6 +20,10 @@ DIAGONALS: tuple[SiteName, ...] = ("qkv", "gate_up", "down")
 """FlatQuant's diagonals: where a norm or up_proj can take them."""
 
 
+ONE_LINE = r"^[^\n\r]{0,200}$"
+"""Both names are printed in the model card."""
+
+
 class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
@@ -46,8 +50,8 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    system: str = "FlatQuant"
-    paper: str = "arXiv 2410.09426"
+    system: str = Field(default="FlatQuant", pattern=ONE_LINE)
+    paper: str = Field(default="arXiv 2410.09426", pattern=ONE_LINE)
     scheme: str = "w4a4"
     kv: Literal[4, 8, 16] = 16
     lm_head: Literal[8, 16] = 16

@@ -36,6 +36,22 @@ def cosine(steps: int, warmup: float = 0.0, floor: float = 0.0) -> Callable[[int
     return factor
 
 
+class MeanLoss:
+    """Mean over rows of the losses of steps, on their device; a skipped step, NaN, does not count."""
+
+    def __init__(self, device: torch.device):
+        self.total, self.rows = torch.zeros((), device=device), torch.zeros((), device=device)
+
+    def add(self, loss: Tensor, rows: int) -> None:
+        """``loss``: scalar mean over ``rows`` rows."""
+        self.total += loss.nan_to_num(nan=0.0) * rows
+        self.rows += ~loss.isnan() * rows
+
+    def __float__(self) -> float:
+        """NaN where every step was skipped."""
+        return float(self.total / self.rows)
+
+
 class Steps:
     """AdamW on ``loss(*inputs)``, a scalar.
 
@@ -78,7 +94,7 @@ class Steps:
         self.result = torch.zeros((), device=device)
 
     def step(self, *inputs: Tensor) -> Tensor:
-        """One step on ``inputs``; the loss before it, 0 if the step was skipped, a new scalar tensor."""
+        """One step on ``inputs``; the loss before it, NaN if the step was skipped, a new scalar tensor."""
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"].fill_(rate * self.factor(self.count))
         self.count += 1
@@ -119,7 +135,7 @@ class Steps:
         )  # the fused kernel leaves everything as it is if this is 1
         self.optimizer.step()
         self.skipped += bad
-        return torch.where(bad, 0.0, value)
+        return torch.where(bad, torch.nan, value)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
         graph = torch.cuda.CUDAGraph()

@@ -11,7 +11,7 @@ from . import parallel
 from .architectures import Architecture
 from .block import Stats, TrainableBlock
 from .recipe import Recipe
-from .steps import Steps, cosine
+from .steps import MeanLoss, Steps, cosine
 from .streams import batches, run_block
 
 
@@ -89,17 +89,16 @@ def train_block(
         normalize=True,
         precision=recipe.precision,
     )
-    losses: list[Tensor] = []
+    losses: list[MeanLoss] = []
     for epoch in range(recipe.epochs):
         block.begin_epoch(epoch, recipe.epochs)
-        total = torch.zeros((), device=device)
+        losses.append(MeanLoss(device))
         for batch, goal in zip(
             batches(x, recipe.batch_size, device),
             batches(target, recipe.batch_size, device),
             strict=True,
         ):
-            total += trainer.step(batch, goal) * len(batch)
-        losses.append(total / len(x))
+            losses[-1].add(trainer.step(batch, goal), len(batch))
     block.forget()
     parallel.broadcast_(*block.parameters())  # they are equal but for what a device may round otherwise
     return TrainReport([float(total) for total in losses], int(trainer.skipped))

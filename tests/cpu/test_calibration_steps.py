@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_flatquant.calibration.steps import Steps, cosine
+from vllm_flatquant.calibration.steps import MeanLoss, Steps, cosine
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,12 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     trainer.step(torch.ones(3))
     kept = p.detach().clone()
     moments = {k: v.clone() for k, v in trainer.optimizer.state[p].items()}
-    assert trainer.step(torch.tensor([1.0, bad, 1.0])) == 0
+    skipped = trainer.step(torch.tensor([1.0, bad, 1.0]))
+    assert skipped.isnan()
+    mean = MeanLoss(skipped.device)
+    mean.add(torch.tensor(3.0), 2)
+    mean.add(skipped, 4)
+    assert float(mean) == 3.0, "a skipped step is no perfect one"
     assert trainer.skipped == 1
     assert torch.equal(p, kept)
     assert all(torch.equal(v, moments[k]) for k, v in trainer.optimizer.state[p].items())

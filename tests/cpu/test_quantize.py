@@ -2,6 +2,7 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.spec import parse_spec
 from vllm_flatquant.tools.inspection import inspect_folder, verify_folder
+from vllm_flatquant.tools.progress import block_line
 
 SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2}
 
@@ -200,3 +202,17 @@ def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib, dtype):
         found = load_file(out / "model.safetensors")
         assert all(torch.isfinite(t.float()).all() for t in found.values())
         assert error(model, out) < 1
+
+
+@pytest.mark.parametrize(("after", "said"), [(0.9, False), (2.0, True), (float("nan"), True)])
+def test_a_block_that_got_worse_is_said(after, said):
+    report = SimpleNamespace(
+        block=0,
+        blocks=2,
+        error_before=1.0,
+        error_after=after,
+        seconds=1.0,
+        peak_memory_gb=1.0,
+        skipped_steps=0,
+    )
+    assert ("worse than untrained" in block_line(report)) == said

@@ -154,3 +154,8 @@ def test_a_preset_trains_no_recipe_that_trains_nothing():
     assert preset_settings("quick", "flatquant-w4a4")["epochs"] == 3
     assert "epochs" not in preset_settings("quick", "quarot-w4a4-rtn")
     assert preset_settings("quick", "quarot-w4a4-rtn")["samples"] == 16
+
+
+def test_names_are_one_line():
+    with pytest.raises(UserError, match="system"):
+        choose_recipe("flatquant-w4a4", system="x\n---\n# another title")

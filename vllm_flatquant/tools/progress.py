@@ -71,9 +71,15 @@ def quantize_with_progress(
     return path
 
 
+WORSE = 1.5
+"""A finished block whose error is so many times the untrained one's is called worse; rounding alone can add some."""
+
+
 def block_line(report: BlockReport) -> str:
     """``block 3/32  error 3.1e-04 -> 8.2e-05  41 s  peak 11.3 GB``"""
     extra = f"  {report.skipped_steps} steps skipped" if report.skipped_steps else ""
+    if not report.error_after < WORSE * report.error_before:
+        extra += "  worse than untrained: choose a smaller learning rate"
     return (
         f"block {report.block + 1}/{report.blocks}  error {report.error_before:.2e} -> "
         f"{report.error_after:.2e}  {report.seconds:.1f} s  peak {report.peak_memory_gb:.1f} GB{extra}"
