@@ -181,6 +181,20 @@ def test_ascend(run, model, tmp_path, o_right):
     assert (spec.sites.o, spec.sites.down) == (6 if o_right == "identity" else None, None)
 
 
+def test_finer_transforms_are_rounded_and_told(run, model, tmp_path):
+    source = foreign.ascend(model, tmp_path / "source")
+    name = "model.layers.0.self_attn.q_proj.left_trans"
+    finer = source[name].float() * (1 + 2**-12)
+    for part in ("q", "k", "v"):
+        source[name.replace("q_proj", f"{part}_proj")] = finer
+    save_file(source, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    out, printed, _ = converted(run, tmp_path / "source", tmp_path / "out")
+    assert "transforms were finer than bfloat16 and rounded to it" in printed
+    left = load_file(out / "model.safetensors")["model.layers.0.self_attn.qkv_transform.left"]
+    assert torch.equal(left, left.bfloat16().float())
+    assert "finer than bfloat16" in (out / "README.md").read_text()
+
+
 def folded(source, block, i, linear):
     """The official reparameterization with dense float64 matrices: weight before rounding, and the input's
     transform with its diagonal. On-line factors are rounded to bf16, as ours are, and inverted after that."""

@@ -1,9 +1,12 @@
 """``flatquant convert``: folders of other FlatQuant tools become checkpoints of ours."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from ..calibration.card import model_card
 from ..calibration.errors import UserError
@@ -17,6 +20,7 @@ from .foreign import ForeignModel
 from .foreign_official import read_matrices, read_realquant
 from .foreign_vllm import ASCEND, read_ascend, read_squeezebits
 
+_FACTOR = re.compile(r"\.(qkv|o|gate_up|down)_transform\.(left|right|head)$")
 FORMATS = (
     "flat_matrices.pth of the official code with --model, its RealQuant folders, SqueezeBits W4A16 folders "
     f"and vllm-ascend {ASCEND} folders"
@@ -53,8 +57,24 @@ def convert(
         except UserError as error:
             raise UserError(str(error).replace(str(folder), f"{source}, converted,")) from None
 
-    write_checkpoint(out, overwrite, found.tensors, found.side, found.config, found.spec, finish)
+    write_checkpoint(out, overwrite, on_grid(found), found.side, found.config, found.spec, finish)
     return found.notes
+
+
+def on_grid(found: ForeignModel) -> Iterator[dict[str, Tensor]]:
+    """``found.tensors`` with on-line factors rounded to ``transform_dtype``, as kernels read them, and a note
+    if that changed one: the weights were made for the finer one, so it is an approximation."""
+    grid, worst = getattr(torch, found.spec.transform_dtype), 0.0
+    for part in found.tensors:
+        for name in filter(_FACTOR.search, part):
+            exact, part[name] = part[name].float(), part[name].to(grid).float()
+            worst = max(worst, ((part[name] - exact).abs().max() / exact.abs().max()).item())
+        yield part
+    if worst > 0:
+        found.notes.append(
+            f"transforms were finer than {found.spec.transform_dtype} and rounded to it, by up to {worst:.1e} of the "
+            "largest element"
+        )
 
 
 def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | None) -> ForeignModel:
@@ -88,7 +108,7 @@ def _card(found: ForeignModel) -> str:
 
 
 @torch.no_grad()
-def golden_tensors(folder: Path) -> dict[str, torch.Tensor]:
+def golden_tensors(folder: Path) -> dict[str, Tensor]:
     """The self-test of a finished folder, as ``quantize`` writes it, on token ids drawn at random.
 
     Returns input_ids int64 [n], top_ids int64 [n, 8] and top_logits float32 [n, 8], descending.
