@@ -186,7 +186,7 @@ def test_finer_transforms_are_rounded_and_told(run, model, tmp_path):
     name = "model.layers.0.self_attn.q_proj.left_trans"
     finer = source[name].float() * (1 + 2**-12)
     for part in ("q", "k", "v"):
-        source[name.replace("q_proj", f"{part}_proj")] = finer
+        source[name.replace("q_proj", f"{part}_proj")] = finer.clone()
     save_file(source, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     out, printed, _ = converted(run, tmp_path / "source", tmp_path / "out")
     assert "transforms were finer than bfloat16 and rounded to it" in printed
