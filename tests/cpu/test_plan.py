@@ -22,9 +22,7 @@ def test_the_run_takes_what_was_foretold(tmp_path):
     result = compare(model, tmp_path, recipe, str(tmp_path / "calib.npy"))
     off = errors(result)
     assert result["estimated"]["mapped"] > 0.2 * result["measured"]["cpu"], result
-    assert abs(off["cpu"]) < 0.15, (
-        result
-    )  # as promised; resident memory of one run seen between 1.5 and 11.5% off
+    assert abs(off["cpu"]) < 0.1, result
     assert abs(off["staging"]) < 0.15, result
     assert abs(off["checkpoint"]) < 0.05, result
     assert abs(off["seconds"]) < 0.4, result
