@@ -3,24 +3,23 @@
     python benchmarks/serving.py                                # every format of Llama-3-8B's shape
     python benchmarks/serving.py --formats bf16,fp8,flatquant-w4a4 --models qwen3-32b
     python benchmarks/serving.py --serve --formats flatquant-w4a4   # `vllm bench throughput` and `bench serve`
-    python benchmarks/serving.py --profile --formats flatquant-w4a4 # kernels of a step, to serving_profile.csv
+    python benchmarks/serving.py --profile --formats flatquant-w4a4 # also the kernels of a step, to serving_profile.csv
+    python benchmarks/serving.py --together 4                   # four engines start at once: 3 times quicker
     python benchmarks/serving.py --starts                       # again, for the time of a start with warm caches
     python benchmarks/serving.py --print                        # the README's tables; --plot FILE.png
 
 Same vLLM, same settings for every format, each in a process of its own; bf16 is measured again in every run and
 ratios are only taken within a run. Rows are appended as they are measured, and what is there for this GPU, vLLM,
 commit and model is not measured again. The log of each engine tells which kernel ran, and a format that
-ran as something else is recorded as that. Speed on random weights; accuracy is another benchmark's.
+ran as something else is recorded as that. With --together engines wait idle on the same card until it is their
+turn to measure: their starts are not timed and their KV cache is as small as the plan allows. Speed on random weights; accuracy is another benchmark's.
 """
 
 import argparse
 import datetime
 import importlib.metadata
-import json
 import os
-import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,10 +31,12 @@ from serving_formats import (
     MODELS,
     from_cache,
     fusion_lines,
+    kv_bytes,
     ran_as,
     weight_bytes,
     write_model,
 )
+from serving_process import CACHES, Engine
 from serving_tables import KEY, plot, print_profile, print_tables, read_rows
 from timing import RESULTS, Table, commit
 
@@ -52,6 +53,7 @@ PLAN = {
     "decode": [1, 8, 32, 128, 256],
     "decode_prompt": 32,
     "decode_tokens": 48,
+    "decode_ends": 8,
     "repeats": 5,
     "profile_decode": [1, 32],
 }
@@ -70,13 +72,6 @@ ENGINE: dict[str, Any] = {
         "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 32, 40, 120, 128, 136, 248, 256]
     },
 }
-LOG_FIGURES = {
-    "weights": (r"Model loading took ([\d.]+) GiB", "GiB"),
-    "kv_cache": (r"Available KV cache memory: ([\d.]+) GiB", "GiB"),
-    "load": (r"load: peak \d+ bytes, ([\d.]+) s", "s"),
-    "compile": (r"torch.compile took ([\d.]+) s", "s"),
-    "capture": (r"Graph capturing finished in ([\d.]+) secs", "s"),
-}
 
 
 def graphics_card() -> tuple[str, float]:
@@ -88,28 +83,6 @@ def graphics_card() -> tuple[str, float]:
         return "cpu", float("inf")
     name, mebibytes = line.rsplit(", ", 1)
     return name, float(mebibytes) * 2**20
-
-
-def follow(process: subprocess.Popen, out: Path, limit: float) -> Iterator[dict[str, Any]]:
-    """The JSON lines that a process writes to a file, as they come, until it ends or ``limit`` seconds are over."""
-    deadline, seen, running = time.monotonic() + limit, 0, True
-    while running and time.monotonic() < deadline:
-        running = process.poll() is None
-        lines = out.read_text().split("\n")[:-1] if out.exists() else []  # whole ones
-        yield from map(json.loads, lines[seen:])
-        seen = len(lines)
-        if running:
-            time.sleep(0.5)
-
-
-def log_figures(log: str) -> Iterator[dict[str, Any]]:
-    """Rows of what the log of an engine that has started says of memory and of the parts of the start."""
-    for measure, (pattern, unit) in LOG_FIGURES.items():
-        if found := re.findall(pattern, log):
-            yield {"measure": measure, "value": float(found[-1]), "unit": unit}
-    peaks = [int(peak) for peak in re.findall(r"load: peak (\d+) bytes", log)]
-    if any(peaks):
-        yield {"measure": "load_peak", "value": max(peaks) / 2**30, "unit": "GiB"}
 
 
 class Run:
@@ -146,11 +119,25 @@ class Run:
         needed = weight_bytes(model, FORMATS[name].bits) / self.args.tensor_parallel_size + 4 * 2**30
         return needed < ENGINE["gpu_memory_utilization"] * self.memory
 
-    def options(self, name: str) -> dict[str, Any]:
+    def plan(self, model: str) -> dict[str, Any]:
+        """What is measured of a model."""
+        return TINY_PLAN if model == "tiny" else PLAN
+
+    def kv_tokens(self, model: str) -> int:
+        """Tokens in the KV cache that the plan needs, blocks that are not full included."""
+        plan = self.plan(model)
+        length = plan["decode_prompt"] + plan["decode_tokens"] + 2 * plan["decode_ends"]
+        prefill = max(batch * (prompt + 64) for batch, prompt in plan["prefill"])
+        return max(prefill, max(plan["decode"]) * (length + 64), ENGINE["max_model_len"])
+
+    def options(self, model: str, name: str) -> dict[str, Any]:
         """The engine's options for a format."""
         options = (
             ENGINE | FORMATS[name].options | {"tensor_parallel_size": self.args.tensor_parallel_size}
         )
+        if self.args.together > 1:  # vLLM would take all that is free
+            size = kv_bytes(model, self.kv_tokens(model)) // self.args.tensor_parallel_size
+            options |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": size}
         if self.cpu:
             options |= {"enforce_eager": True, "max_model_len": 512}
         return options
@@ -177,50 +164,59 @@ class Run:
             **FORMATS[name].env,
         }
 
-    def engine(self, model: str, name: str, wanted: list[str]) -> Iterator[dict[str, Any]]:
-        """Measure one format in one engine; its rows, as they come. What fails is printed."""
-        folder = write_model(
-            self.work / name / "model", model, FORMATS[name], self.args.tensor_parallel_size
-        )
-        out, log = self.work / name / "rows.jsonl", self.work / name / "log"
+    def engine(self, model: str, name: str, wanted: list[str], go: Path) -> Engine:
+        """Start one format's engine, which measures once there is a file ``go``."""
+        work = self.work / name
+        folder = write_model(work / "model", model, FORMATS[name], self.args.tensor_parallel_size)
         job = {
             "model": str(folder),
-            "options": self.options(name) | {"skip_tokenizer_init": True},
-            "out": str(out),
-            "plan": TINY_PLAN if model == "tiny" else PLAN,
+            "options": self.options(model, name) | {"skip_tokenizer_init": True},
+            "out": str(work / "rows.jsonl"),
+            "go": str(go),
+            "plan": self.plan(model),
             "profile": self.args.profile,
             "wanted": wanted,
         }
         environment = self.environment(model, name) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-        caches = [Path(environment[key]) for key in ("TRITON_CACHE_DIR", "VLLM_CACHE_ROOT")]
-        there = [cache.exists() for cache in caches]
-        start = "start_warm" if all(there) else "start" if any(there) else "start_cold"
-        finished = False
-        command = [sys.executable, str(HERE / "serving_engine.py"), json.dumps(job)]
-        with (
-            log.open("w") as file,
-            subprocess.Popen(
-                command, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
-            ) as process,
-        ):
-            try:
-                for row in follow(process, out, self.args.limit):
-                    if row.get("measure") == "finished":
-                        finished = True
-                    elif row.get("measure") == "start":
-                        yield row | {"measure": start}
-                        yield from log_figures(log.read_text(errors="replace"))
-                    else:
-                        yield row
-            finally:
-                late = process.poll() is None
-                process.kill()
-        for cache in caches:
-            cache.mkdir(parents=True, exist_ok=True)
-        if late or process.returncode or not finished:
-            status = f"not done after {self.args.limit} s" if late else process.returncode
-            lines = log.read_text(errors="replace").splitlines()[-12:]
-            print(f"  {name}: failed ({status}); the end of {log}:", *lines, sep="\n    ")
+        return Engine(HERE / "serving_engine.py", job, work / "log", environment, self.args.limit)
+
+    def start_measure(self, model: str, name: str) -> str:
+        """What the time of a start is called: with caches that are there or not."""
+        environment = self.environment(model, name)
+        there = [Path(environment[key]).exists() for key in CACHES]
+        return "start_warm" if all(there) else "start" if any(there) else "start_cold"
+
+    def group(self, model: str, todo: dict[str, list[str]]) -> None:
+        """Start several formats' engines at once, then measure one after the other, the rest idle."""
+        engines = {}
+        for name, wanted in todo.items():
+            if self.fits(model, name) and self.args.serve:
+                self.take(model, name, serving_live.measure(self, model, name))
+            elif self.fits(model, name):
+                alone = self.start_measure(model, name) if len(todo) == 1 else None
+                go = self.work / name / "go"
+                engines[name] = self.engine(model, name, wanted, go), go, alone
+            else:
+                print(f"{self.label(model)} {name}: does not fit", flush=True)
+                self.add(self.row(model, name, measure="fits", value=0))
+        try:
+            for engine, _, _ in engines.values():
+                engine.wait_until_ready()
+            for name, (engine, go, alone) in engines.items():
+                go.touch()
+                self.take(model, name, engine.rows(alone))
+                engine.close()
+                if engine.problem:
+                    print(
+                        f"  {name}: failed ({engine.problem}); the end of {engine.log}:",
+                        *engine.tail(),
+                        sep="\n    ",
+                    )
+                for key in CACHES:
+                    Path(self.environment(model, name)[key]).mkdir(parents=True, exist_ok=True)
+        finally:
+            for engine, _, _ in engines.values():
+                engine.close()
 
     def log(self, model: str, name: str) -> str:
         """A format's logs; for graphs from the compile cache, also what was said when they were compiled."""
@@ -233,25 +229,19 @@ class Run:
             text += "\n" + kept.read_text()
         return text
 
-    def format(self, model: str, name: str, wanted: list[str]) -> None:
-        """Measure one format and append its rows as they come."""
-        print(f"{self.label(model)} {name}", end="", flush=True)
-        if not self.fits(model, name):
-            print(": does not fit")
-            self.add(self.row(model, name, measure="fits", value=0))
-            return
+    def take(self, model: str, name: str, rows: Iterator[dict[str, Any]]) -> None:
+        """Append a format's rows as they come, and print them."""
+        print(f"{self.label(model)} {name}", flush=True)
         begin = time.monotonic()
-        print()
         phases = []
-        measure = serving_live.measure(self, model, name) if self.args.serve else None
-        for found in measure or self.engine(model, name, wanted):
+        for found in rows:
             label, kernels = ran_as(name, self.log(model, name))
             if "error" in found:
                 print(f"  {found['error']}")
             elif "phase" in found:
                 self.profiles.append(self.row(model, label, **found))
                 phases.append(found)
-            elif not self.args.profile:
+            else:
                 value = round(found.pop("value"), 4)
                 self.add(self.row(model, label, kernels=kernels, value=value, **found))
                 print(f"  {found['measure']:16} {value:10.3f} {found['unit']}", flush=True)
@@ -270,7 +260,7 @@ class Run:
 
     def measures(self, model: str) -> list[str]:
         """What this run measures of a format."""
-        plan = TINY_PLAN if model == "tiny" else PLAN
+        plan = self.plan(model)
         if self.args.serve:
             return [serving_live.LAST]  # all are measured, and this one comes last
         if self.args.starts:
@@ -292,9 +282,9 @@ class Run:
     def todo(self, model: str) -> dict[str, list[str]]:
         """Format -> what to measure: bf16 again and what has no rows yet; nothing if nothing is missing."""
         every = self.measures(model)
-        if self.args.profile:
-            return dict.fromkeys(self.args.formats, every)
         missing = {name: self.missing(model, name) for name in self.args.formats}
+        if self.args.profile:
+            return missing
         left = {name: measures for name, measures in missing.items() if measures}
         return {"bf16": every} | {n: m for n, m in left.items() if n != "bf16"} if left else {}
 
@@ -325,13 +315,18 @@ def arguments() -> argparse.Namespace:
         "--serve", action="store_true", help="vllm bench throughput and vllm bench serve"
     )
     parser.add_argument("--starts", action="store_true", help="only start each engine, with warm caches")
-    parser.add_argument("--profile", action="store_true", help="kernels of a decode and a prefill step")
+    parser.add_argument(
+        "--profile", action="store_true", help="also the kernels of a decode and a prefill step"
+    )
     parser.add_argument("--print", action="store_true", help="print the tables and measure nothing")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the table and measure nothing")
     parser.add_argument("--results", type=Path, default=RESULTS / "serving.csv")
     parser.add_argument("--profile-results", type=Path, default=RESULTS / "serving_profile.csv")
     parser.add_argument("--work", type=Path, default=Path("out/serving"), help="logs and model folders")
     parser.add_argument("--cache", type=Path, default=Path("out/serving-cache"), help="compile caches")
+    parser.add_argument(
+        "--together", type=int, default=1, metavar="N", help="engines on the card at once"
+    )
     parser.add_argument("--limit", type=float, default=300, help="seconds for one format")
     args = parser.parse_args()
     args.work, args.cache = args.work.resolve(), args.cache.resolve()
@@ -349,8 +344,9 @@ def main() -> None:
         return
     run = Run(args)
     for model in args.models:
-        for name, wanted in run.todo(model).items():
-            run.format(model, name, wanted)
+        todo = list(run.todo(model).items())
+        for first in range(0, len(todo), args.together):
+            run.group(model, dict(todo[first : first + args.together]))
 
 
 if __name__ == "__main__":

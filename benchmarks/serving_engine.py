@@ -1,7 +1,7 @@
 """One format in one engine, for `serving.py`: its figures as JSON lines into a file, as they are measured.
 
-Arguments: a JSON object {model, options, out, plan, profile}. vLLM's engine runs in this process, so that all
-requests of a measurement are there before its first step.
+Arguments: a JSON object {model, options, out, go, plan, profile, wanted}; it measures once the file ``go`` is there.
+vLLM's engine runs in this process, so that all requests of a measurement are there before its first step.
 """
 
 import json
@@ -16,7 +16,6 @@ import torch
 import vllm_here  # noqa: F401  (here, so that spawned workers import it too)
 
 WALL = "(wall time)"
-WARM_STEPS = 8  # steps at either end of a decode run that are not counted
 
 
 class Probe:
@@ -57,15 +56,14 @@ class Probe:
         self.add(batch, prompt, 1)
         return (self.finish()[-1] - start) * 1e3
 
-    def decode(self, batch: int, prompt: int, tokens: int) -> float:
-        """Milliseconds of a decode step of ``batch`` sequences, mean over the inner steps of a run."""
-        self.add(batch, prompt, tokens + 2 * WARM_STEPS)
+    def decode(self, batch: int, prompt: int, tokens: int, ends: int) -> float:
+        """Milliseconds of a decode step of ``batch`` sequences: mean of a run but for ``ends`` steps at either end."""
+        every = tokens + 2 * ends
+        self.add(batch, prompt, every)
         times = self.finish()
-        if len(times) > tokens + 2 * WARM_STEPS + 6:
-            raise RuntimeError(
-                f"{len(times)} steps for {tokens + 2 * WARM_STEPS} tokens: the batch was split"
-            )
-        times = times[-tokens - WARM_STEPS : -WARM_STEPS]
+        if len(times) > every + 6:
+            raise RuntimeError(f"{len(times)} steps for {every} tokens: the batch was split")
+        times = times[-tokens - ends : -ends]
         return (times[-1] - times[0]) / (len(times) - 1) * 1e3
 
     def drain(self, steps: int) -> None:
@@ -81,7 +79,7 @@ def measures(probe: Probe, plan: dict[str, Any]) -> dict[str, Callable[[], float
         found[f"prefill_{batch}x{prompt}"] = lambda b=batch, p=prompt: probe.prefill(b, p)
     for batch in plan["decode"]:
         found[f"decode_b{batch}"] = lambda b=batch: probe.decode(
-            b, plan["decode_prompt"], plan["decode_tokens"]
+            b, plan["decode_prompt"], plan["decode_tokens"], plan["decode_ends"]
         )
     return found
 
@@ -144,31 +142,33 @@ def main() -> None:
     # vLLM is imported by then: a server's start is this and the imports, which no format changes.
     write(measure="start", value=time.perf_counter() - started, unit="s")
     config = llm.llm_engine.vllm_config
-    blocks = config.cache_config.num_gpu_blocks * config.cache_config.block_size
-    write(measure="kv_tokens", value=blocks, unit="tokens")
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        write(measure="memory_used", value=(total - free) / 2**30, unit="GiB")
+    if "kv_cache_memory_bytes" not in job["options"]:  # then these say something
+        blocks = config.cache_config.num_gpu_blocks * config.cache_config.block_size
+        write(measure="kv_tokens", value=blocks, unit="tokens")
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            write(measure="memory_used", value=(total - free) / 2**30, unit="GiB")
+    while not Path(job["go"]).exists():
+        time.sleep(0.1)
 
     plan = job["plan"]
     probe = Probe(llm.llm_engine, config.model_config.get_vocab_size())
+    for name, take in measures(probe, plan).items():
+        if name not in job["wanted"]:
+            continue
+        try:
+            take()
+            figures = [take() for _ in range(plan["repeats"])]
+        except RuntimeError as error:
+            write(error=f"{name}: {error}")
+            probe.finish()
+            continue
+        middle = statistics.median(figures)
+        spread = (max(figures) - min(figures)) / middle
+        write(measure=name, value=middle, unit="ms", spread=spread, repeats=len(figures))
     if job["profile"]:
         probe.prefill(1, 64)
         profile(probe, plan, write)
-    else:
-        for name, take in measures(probe, plan).items():
-            if name not in job["wanted"]:
-                continue
-            try:
-                take()
-                figures = [take() for _ in range(plan["repeats"])]
-            except RuntimeError as error:
-                write(error=f"{name}: {error}")
-                probe.finish()
-                continue
-            middle = statistics.median(figures)
-            spread = (max(figures) - min(figures)) / middle
-            write(measure=name, value=middle, unit="ms", spread=spread, repeats=len(figures))
     write(measure="finished", value=1, unit="")
 
 

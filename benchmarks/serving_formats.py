@@ -179,6 +179,12 @@ def weight_bytes(model: str, bits: float) -> float:
     return linear * bits / 8 + 2 * m["vocab_size"] * m["hidden_size"] * 2
 
 
+def kv_bytes(model: str, tokens: int) -> int:
+    """Bytes of a bf16 KV cache."""
+    m = MODELS[model]
+    return tokens * m["num_hidden_layers"] * 2 * m["num_key_value_heads"] * m["head_dim"] * 2
+
+
 def kernels_in(log: str) -> list[str]:
     """The kernels that vLLM's log names for linear layers, and what our plugin says of itself."""
     found = re.findall(r"(?:Using|Selected) (\w+Kernel\w*) for", log)

@@ -41,7 +41,7 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
         str(8 if tiny else OUTPUT),
     ]
     data = ["--dataset-name", "random", *sizes, "--seed", "0"]
-    options = _options(run.options(name))
+    options = _options(run.options(model, name))
     try:
         yield from _throughput(
             run.work / name, folder, [*data, *options], 4 if tiny else 1000, environment

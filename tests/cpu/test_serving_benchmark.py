@@ -87,6 +87,8 @@ def write(**row):
 
 print("Model loading took 1.50 GiB", flush=True)
 write(measure="start", value=2.0, unit="s")
+while not Path(job["go"]).exists():
+    time.sleep(0.05)
 for number, name in enumerate(job["wanted"]):
     write(measure=name, value=1.0, unit="ms", spread=0, repeats=1)
     for _ in range(400):  # goes on when the row has arrived
@@ -111,7 +113,7 @@ def test_cut_off_format_keeps_its_rows_and_goes_on(benchmarks, run, tmp_path, mo
         wanted = now.todo("tiny").get("bf16", [])
         missing = now.missing("tiny", "bf16")
         if wanted:
-            now.format("tiny", "bf16", missing)
+            now.group("tiny", {"bf16": missing})
         return missing, [row["measure"] for row in benchmarks.read_rows(tmp_path / "rows.csv")]
 
     every = ["prefill_1x128", "prefill_2x64", "decode_b1", "decode_b4"]
@@ -122,3 +124,39 @@ def test_cut_off_format_keeps_its_rows_and_goes_on(benchmarks, run, tmp_path, mo
     assert missing == every[2:] and rows[4:] == ["start_warm", "weights", *every[2:]]
     assert "failed" not in capsys.readouterr().out
     assert measure(cut=False)[0] == []
+
+
+TURNS = """
+import json, sys, time
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+name, folder = Path(job["out"]).parent.name, Path({folder!r})
+if name == "w8a8-int8":
+    sys.exit("no such kernel here")
+with open(job["out"], "a") as file:
+    print(json.dumps(dict(measure="start", value=2.0, unit="s")), file=file, flush=True)
+    while not Path(job["go"]).exists():
+        time.sleep(0.05)
+    with (folder / "turns").open("a") as turns:
+        print("begin", name, len(list(folder.glob("work/*/*/rows.jsonl"))), file=turns, flush=True)
+        for measure in job["wanted"]:
+            print(json.dumps(dict(measure=measure, value=1.0, unit="ms", spread=0, repeats=1)), file=file, flush=True)
+        time.sleep(0.5)
+        print("end", name, file=turns, flush=True)
+    print(json.dumps(dict(measure="finished", value=1, unit="")), file=file, flush=True)
+"""
+
+
+def test_engines_that_start_together_measure_in_turn(benchmarks, run, tmp_path, monkeypatch, capsys):
+    """All have started before the first measures; one that fails does not stop the rest; no start is timed."""
+    (tmp_path / "serving_engine.py").write_text(TURNS.format(folder=str(tmp_path)))
+    monkeypatch.setattr(benchmarks, "HERE", tmp_path)
+    now = run("--formats=w8a8-int8,fp8", "--models=tiny", "--together=3")
+    now.group("tiny", now.todo("tiny"))
+    turns = (tmp_path / "turns").read_text().splitlines()
+    assert turns == ["begin bf16 2", "end bf16", "begin fp8 2", "end fp8"]
+    rows = benchmarks.read_rows(tmp_path / "rows.csv")
+    assert [row["format"].split()[0] for row in rows] == ["bf16"] * 4 + ["fp8"] * 4
+    assert {row["measure"] for row in rows} == set(now.measures("tiny"))
+    assert "w8a8-int8: failed (ended with 1 before it was done)" in capsys.readouterr().out
