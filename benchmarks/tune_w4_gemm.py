@@ -18,7 +18,7 @@ from triton.runtime.errors import TritonError
 
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import BUCKETS, Tile
-from vllm_flatquant.kernels.w4_gemm import launch, w4_gemm_ref
+from vllm_flatquant.kernels.w4_gemm import run_tile, w4_gemm_ref
 
 SHAPES = {  # (N, K, shards)
     "llama-8b": [(6144, 4096, 1), (4096, 4096, 1), (28672, 4096, 1), (4096, 14336, 1)],
@@ -106,7 +106,7 @@ def compile_all(job: tuple[tuple[int, int, int], list[Tile]]) -> list[tuple[Tile
     for tile in tiles:
         try:
             codes, scale, weight, weight_scale, out = make(8, n, k, shards, 1)[0]
-            launch(codes, scale, weight, weight_scale, None, out, tile)
+            run_tile(codes, scale, weight, weight_scale, None, out, tile)
             torch.cuda.synchronize()
         except (RuntimeError, TritonError) as error:
             failed.append((tile, f"{type(error).__name__}: {str(error)[:200]}"))
@@ -119,7 +119,7 @@ def check(t: int, n: int, k: int, shards: int, tile: Tile) -> None:
 
     codes, scale, weight, weight_scale, out = make(t, n, k, shards, 1)[0]
     out.fill_(float("nan"))
-    launch(codes, scale, weight, weight_scale, None, out, tile)
+    run_tile(codes, scale, weight, weight_scale, None, out, tile)
     want = w4_gemm_ref(codes, scale, unpack_device(weight, k, shards), weight_scale, None, torch.float32)
     error = ((out.float() - want).abs() / (want.abs() + 1e-3 * want.abs().max())).max().item()
     assert error < 2**-7, f"{tile} wrong at T={t} N={n} K={k} S={shards}: {error}"
@@ -161,7 +161,7 @@ def main() -> None:
                         continue
                     check(t, n, k, shards, tile) if n * k < 2**25 and t < 2048 else None
                     figures = graph_us(
-                        lambda i, p=part, tile=tile: launch(*p[i][:4], None, p[i][4], tile), count, 3
+                        lambda i, p=part, tile=tile: run_tile(*p[i][:4], None, p[i][4], tile), count, 3
                     )
                     rows.append((summary(figures)[0], tile))
                     log.write(

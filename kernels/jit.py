@@ -1,4 +1,4 @@
-"""What every operator file needs to hold a Triton kernel and its custom op: the guarded import and ``register``.
+"""What every operator file needs to hold a Triton kernel and its custom op: the guarded import, ``register``, ``launch``.
 
 Importing this works without Triton and without a GPU; the references then still run.
 """
@@ -6,6 +6,7 @@ Importing this works without Triton and without a GPU; the references then still
 import inspect
 import os
 from collections.abc import Callable
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -45,6 +46,48 @@ def _no_triton(*args: object, **kwargs: object) -> None:
     raise RuntimeError("flatquant: the CUDA kernels need Triton; install it, or run on the CPU")
 
 
+@cache
 def hopper(device: torch.device) -> bool:
     """True on sm_90: the card with ``wgmma``, bulk prefetch and programmatic dependent launch."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors of a CUDA device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+_COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """``kernel[grid](*args, **meta)`` at a tenth of its time on the host, once that variant is compiled.
+
+    args: what the kernel takes when it runs. meta: its compile-time arguments, which come after those in its
+    signature, and Triton's options; hashable. A prefill has no CUDA graph, so that a step of it on a fast
+    GPU would else wait for the host: docs/decisions.md.
+    """
+    if INTERPRET:
+        kernel[grid](*args, **meta)
+        return
+    key = (id(kernel), torch.cuda.current_device(), *meta.values(), *map(_specialization, args))
+    found = _COMPILED.get(key)
+    if found is None:
+        compiled = kernel[grid](*args, **meta)
+        _COMPILED[key] = compiled, [meta[name] for name in kernel.arg_names[len(args) :]]
+    else:
+        compiled, constants = found
+        compiled[(*grid, 1, 1)](*args, *constants)
+
+
+def _specialization(argument: Any) -> Any:
+    """All that Triton's choice of a compiled variant looks at in a run-time argument."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):
+        return argument % 16 == 0, argument == 1, argument.bit_length() > 31
+    if isinstance(argument, float):
+        return float
+    # A TensorDescriptor, whose copies (w4_gemm_hopper.py) share one layout object.
+    return id(argument.layout), *argument.block_shape

@@ -12,13 +12,13 @@ and ``L^T`` comes first in the second product, so that nothing is ever transpose
 """
 
 import logging
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, hopper, register, tl, triton
+from .jit import INTERPRET, hopper, launch, multiprocessors, register, tl, triton
 
 
 @triton.jit
@@ -109,6 +109,9 @@ def _kron_kernel(
         tl.store(z_ptr + token * tl.cast(shards * a * b, tl.int64) + at, z.to(x.dtype), mask=inside)
 
 
+Shape = tuple[int, ...]
+
+
 class Plan(NamedTuple):
     """Sizes of one launch: the tile, its padding, the grid and the compiler's options."""
 
@@ -119,15 +122,60 @@ class Plan(NamedTuple):
 
 
 def plan(
-    x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: int, kind: str = "plain"
+    x: Tensor,
+    k: int,
+    left: Tensor | None,
+    right: Tensor | None,
+    shards: int,
+    kind: str = "plain",
+    aligned: bool = True,
 ) -> Plan:
     """How to launch a transform of width ``k`` with these factors over the rows of ``x``.
 
     kind: what surrounds the transform: "plain" (quantization), "norm", "silu", or "kron" (nothing).
+    aligned: whether other inputs can be prefetched too (as ``prefetchable``).
     The numbers of warps, of programs on an SM and of loads in flight were measured on an H100
     (docs/decisions.md).
     Raises ValueError if the factors do not fit ``k`` (as ``factor_sizes``).
     """
+    t = x.shape[0]
+    sms = multiprocessors(x.device) if x.is_cuda else t * shards
+    # Few tokens: every program has one, and nothing to load ahead. (The transform alone has one form.)
+    load = 0 if t * shards <= sms and kind != "kron" else 1 if t < 32 * sms else 2
+    a, b, meta, most = _plan(
+        k,
+        shape_of(left),
+        shape_of(right),
+        shards,
+        kind,
+        load,
+        aligned and prefetchable(x),
+        x.dtype,
+        x.device,
+        sms,
+    )
+    return Plan(a, b, meta, (min(t, most), shards))
+
+
+def prefetchable(x: Tensor) -> bool:
+    """Whether rows of ``x`` begin at multiples of 16 bytes."""
+    return x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    k: int,
+    left: Shape | None,
+    right: Shape | None,
+    shards: int,
+    kind: str,
+    load: int,
+    aligned: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    sms: int,
+) -> tuple[int, int, dict[str, object], int]:
+    """(a, b, compile-time arguments, most programs along the tokens). ``load``: 0 few tokens, 1 some, 2 many."""
     if left is None and right is None:
         b = (k // shards) & -(k // shards)  # the largest power of two in the width of a shard
         b = min(b, 256)
@@ -137,30 +185,25 @@ def plan(
         if found != shards:
             raise ValueError(f"flatquant: {shards} clips do not fit transform factors of {found} shards")
     size_a, size_b = _padded(a, b, left, right)
-    area = size_a * size_b
-    t, on_hopper = x.shape[0], hopper(x.device)
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else t * shards
-    # Few tokens: every program has one, and nothing to load ahead. (The transform alone has one form.)
-    few = t * shards <= sms and kind != "kron"
+    area, few, on_hopper = size_a * size_b, load == 0, hopper(device)
     warps = 8 if area > 8192 else 4 if area > 1024 else 2
     on_each, registers = max(1, min(16, 65536 // area)), None
     loads = 2 if kind in ("norm", "silu") else 1
-    needed = (_factor_area(size_a, size_b, left, right) + (1 + 2 * loads) * area) * x.element_size()
-    stages = 2 if few and needed <= _on_chip(x) else 1
+    needed = (_factor_area(size_a, size_b, left, right) + (1 + 2 * loads) * area) * dtype.itemsize
+    stages = 2 if few and needed <= _on_chip(device) else 1
     if left is not None and right is not None and not few:
         if kind == "plain" and area <= 4096:
             on_each, stages = 4, 2
         elif kind == "plain" and area == 16384:
             on_each, warps = 2, 4
-        elif kind == "norm" and area <= 4096 and t < 32 * sms:
+        elif kind == "norm" and area <= 4096 and load == 1:
             on_each, registers = 4, 128
         elif kind == "silu" and area == 16384:
             registers = 128
-    step = 16 // x.element_size()
-    aligned = a * b % step == 0 and x.stride(0) % step == 0 and x.data_ptr() % 16 == 0
+    aligned = aligned and a * b * dtype.itemsize % 16 == 0
     meta: dict[str, object] = {
         "A": size_a, "B": size_b, "L": left is not None, "R": right is not None,
-        "WIDE": INTERPRET or x.dtype == torch.float32, "PDL": on_hopper,
+        "WIDE": INTERPRET or dtype == torch.float32, "PDL": on_hopper,
         "AHEAD": on_hopper and aligned and not few and kind != "silu",
         "THREADS": 32 * warps, "ASM": not INTERPRET, "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
@@ -168,24 +211,25 @@ def plan(
         meta["launch_pdl"] = True
         if registers:
             meta["maxnreg"] = registers
-    return Plan(a, b, meta, (min(t, -(-sms * on_each // shards)), shards))
+    return a, b, meta, -(-sms * on_each // shards)
 
 
-def _padded(a: int, b: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int]:
+def _padded(a: int, b: int, left: Shape | None, right: Shape | None) -> tuple[int, int]:
     """Tile sizes: powers of two, at least 16 where there is a product."""
     least = 16 if left is not None or right is not None else 1
     return max(least, triton.next_power_of_2(a)), max(least, triton.next_power_of_2(b))
 
 
-def _factor_area(size_a: int, size_b: int, left: Tensor | None, right: Tensor | None) -> int:
+def _factor_area(size_a: int, size_b: int, left: Shape | None, right: Shape | None) -> int:
     return (size_a**2 if left is not None else 0) + (size_b**2 if right is not None else 0)
 
 
-def _on_chip(x: Tensor) -> int:
+@cache
+def _on_chip(device: torch.device) -> int:
     """Bytes of shared memory that a program can have for tiles and factors."""
-    if not x.is_cuda:
+    if device.type != "cuda":
         return 2**30
-    properties = torch.cuda.get_device_properties(x.device)
+    properties = torch.cuda.get_device_properties(device)
     return getattr(properties, "shared_memory_per_block_optin", 2**16) - 2048
 
 
@@ -197,11 +241,23 @@ def fused(x: Tensor, k: int, left: Tensor | None, right: Tensor | None, shards: 
     """
     if left is None and right is None:
         return True
+    return _fused(k, shape_of(left), shape_of(right), shards, x.dtype.itemsize, x.device)
+
+
+@lru_cache(maxsize=1024)
+def _fused(
+    k: int,
+    left: Shape | None,
+    right: Shape | None,
+    shards: int,
+    itemsize: int,
+    device: torch.device,
+) -> bool:
     _, a, b = factor_sizes(k, left, right)
     size_a, size_b = _padded(a, b, left, right)
-    tiles = 1 if x.element_size() == 2 else 3  # float32 products keep their operands apart
-    needed = (_factor_area(size_a, size_b, left, right) + tiles * size_a * size_b) * x.element_size()
-    if size_a * size_b <= 2**15 and needed <= _on_chip(x):
+    tiles = 1 if itemsize == 2 else 3  # float32 products keep their operands apart
+    needed = (_factor_area(size_a, size_b, left, right) + tiles * size_a * size_b) * itemsize
+    if size_a * size_b <= 2**15 and needed <= _on_chip(device):
         return True
     _say_slow(k, shards, a, b)
     return False
@@ -220,7 +276,8 @@ def empty_codes(t: int, k: int, device: torch.device) -> Tensor:
 
     A bulk load that reaches past its array is slow, one that reads bytes nobody uses is not.
     """
-    return torch.empty(-(-t // 128) * 128, k, dtype=torch.int8, device=device)[:t]
+    codes = torch.empty(-(-t // 128) * 128, k, dtype=torch.int8, device=device)
+    return codes[:t] if t % 128 else codes
 
 
 def rows(x: Tensor) -> Tensor:
@@ -239,8 +296,8 @@ def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     p = plan(x, k, left, right, some.shape[0], "kron")
     out = torch.empty(t, k, dtype=x.dtype, device=x.device)
     if t:
-        _kron_kernel[p.grid](
-            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), out,
+        launch(
+            _kron_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), out,
             t, x.stride(0), p.a, p.b, **p.meta,
         )  # fmt: skip
     return out
@@ -279,7 +336,7 @@ def kron_wide_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     if left is None and right is None:
         return x.to(wide)
-    shards, a, b = factor_sizes(x.shape[-1], left, right)
+    shards, a, b = factor_sizes(x.shape[-1], shape_of(left), shape_of(right))
     y = x.reshape(-1, shards, a, b).to(wide)
     if right is not None:
         y = y @ right.to(wide)
@@ -290,16 +347,21 @@ def kron_wide_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
     return y.reshape(x.shape)
 
 
-def factor_sizes(k: int, left: Tensor | None, right: Tensor | None) -> tuple[int, int, int]:
-    """(S, a, b) of factors applied to an input of width ``k``; ValueError if they do not fit."""
+def shape_of(factor: Tensor | None) -> Shape | None:
+    """The shape of a factor that may be absent."""
+    return None if factor is None else tuple(factor.shape)
+
+
+def factor_sizes(k: int, left: Shape | None, right: Shape | None) -> tuple[int, int, int]:
+    """(S, a, b) of factors of these shapes applied to an input of width ``k``; ValueError if they do not fit."""
     some = left if left is not None else right
     if some is None:
         return 1, 1, k
-    shards = some.shape[0]
-    a = left.shape[1] if left is not None else k // (shards * some.shape[1])
-    b = right.shape[1] if right is not None else k // (shards * a)
-    if shards * a * b != k or (left is not None and right is not None and right.shape[0] != shards):
-        shapes = [tuple(f.shape) for f in (left, right) if f is not None]
+    shards = some[0]
+    a = left[1] if left is not None else k // (shards * some[1])
+    b = right[1] if right is not None else k // (shards * a)
+    if shards * a * b != k or (left is not None and right is not None and right[0] != shards):
+        shapes = [shape for shape in (left, right) if shape is not None]
         raise ValueError(
             f"transform factors {shapes} do not fit an input of width {k}; "
             "the width must equal shards * left * right"

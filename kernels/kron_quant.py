@@ -8,7 +8,7 @@ One scale per token and shard block, so that codes and scales are the same at ev
 import torch
 from torch import Tensor
 
-from .jit import register, tl, triton
+from .jit import launch, register, tl, triton
 from .kron import empty_codes, fused, kron_wide_ref, load_factors, plan, prefetch, rows, transform
 from .quantize import qmax, quantize_ref
 
@@ -93,8 +93,8 @@ def kron_quant_triton(
     codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
     if t:
-        _kron_quant_kernel[p.grid](
-            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
+        launch(
+            _kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
             clip, codes, scale, t, x.stride(0), p.a, p.b, QMAX=qmax(bits), **p.meta,
         )  # fmt: skip
     return codes, scale

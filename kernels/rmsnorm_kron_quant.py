@@ -9,8 +9,8 @@ so the transform runs on ``x * weight`` without waiting for the sum of squares.
 import torch
 from torch import Tensor
 
-from .jit import register, tl, triton
-from .kron import empty_codes, fused, load_factors, plan, prefetch, rows, transform
+from .jit import launch, register, tl, triton
+from .kron import empty_codes, fused, load_factors, plan, prefetch, prefetchable, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
@@ -94,16 +94,14 @@ def rmsnorm_kron_quant_triton(
     t, k = x.shape
     if not fused(x, k, left, right, 1):
         return _rmsnorm_kron_quant_torch(x, residual, norm_weight, eps, left, right, clip, bits)
-    p = plan(x, k, left, right, 1, "norm")
+    added = x if residual is None else rows(residual)
+    p = plan(x, k, left, right, 1, "norm", prefetchable(added))
     codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, 1, dtype=torch.float32, device=x.device)
     total = torch.empty((0,) if residual is None else (t, k), dtype=x.dtype, device=x.device)
-    added = x if residual is None else rows(residual)
-    if added.stride(0) * x.element_size() % 16 or added.data_ptr() % 16:
-        p.meta["AHEAD"] = False
     if t:
-        _rmsnorm_kron_quant_kernel[p.grid](
-            x, added, norm_weight, x if left is None else left.contiguous(),
+        launch(
+            _rmsnorm_kron_quant_kernel, p.grid, x, added, norm_weight, x if left is None else left.contiguous(),
             x if right is None else right.contiguous(), clip, codes, scale, total,
             t, x.stride(0), added.stride(0), p.a, p.b, eps, RESIDUAL=residual is not None, QMAX=qmax(bits),
             **p.meta,

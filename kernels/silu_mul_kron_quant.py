@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import register, tl, triton
+from .jit import launch, register, tl, triton
 from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
@@ -101,8 +101,8 @@ def silu_mul_kron_quant_triton(
     codes = empty_codes(t, k, x.device)
     scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
     if t:
-        _silu_mul_kron_quant_kernel[p.grid](
-            x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
+        launch(
+            _silu_mul_kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
             clip, codes, scale, t, x.stride(0), p.a, p.b, QMAX=qmax(bits),
             **p.meta,
         )  # fmt: skip

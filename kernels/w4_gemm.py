@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, hopper, register, tl, triton
+from .jit import INTERPRET, hopper, launch, register, tl, triton
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
 
@@ -166,7 +166,8 @@ def w4_gemm_triton(
     shard_blocks = blocks // shards
     on_hopper = hopper(codes.device)
     extra = {"launch_pdl": True} if on_hopper else {}
-    _w4_gemm_kernel[(triton.cdiv(t, tile.bm) * triton.cdiv(n, tile.bn),)](
+    launch(
+        _w4_gemm_kernel, (triton.cdiv(t, tile.bm) * triton.cdiv(n, tile.bn),),
         codes, scale, weight.view(torch.int8), weight_scale, weight_scale if bias is None else bias, out,
         t, n, k, shard_blocks, S=shards, HAS_BIAS=bias is not None,
         EVEN=shard_blocks % tile.kb == 0 and k == blocks * KBLOCK,
@@ -204,10 +205,18 @@ def _w4_gemm_cuda(
     out = torch.empty(t, n, dtype=out_dtype, device=codes.device)
     if t:
         codes, scale = codes.contiguous(), scale.contiguous()
-        gpu = torch.cuda.get_device_name(codes.device)
-        tile = w4_gemm_tile(gpu, hopper(codes.device) and _has_gluon(), t, n, k, scale.shape[1])
-        launch(codes, scale, weight, weight_scale, bias, out, tile)
+        tile = _tile(codes.device, t, n, k, scale.shape[1])
+        run_tile(codes, scale, weight, weight_scale, bias, out, tile)
     return out
+
+
+def _tile(device: torch.device, t: int, n: int, k: int, shards: int) -> Tile:
+    return w4_gemm_tile(_name(device), hopper(device) and _has_gluon(), t, n, k, shards)
+
+
+@cache
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
 
 
 @cache
@@ -223,7 +232,7 @@ def _has_gluon() -> bool:
     return True
 
 
-def launch(
+def run_tile(
     codes: Tensor,
     scale: Tensor,
     weight: Tensor,

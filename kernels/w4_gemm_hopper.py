@@ -8,6 +8,8 @@ products in flight while they unpack the next weights. Programs are persistent, 
 tile run under the epilogue of this one.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .jit import launch, multiprocessors
 from .tiles import Tile
 
 # Triton 3.6 to 3.9: the names changed, the operations did not.
@@ -251,22 +254,20 @@ def w4_gemm_hopper(
     t, k = codes.shape
     blocks, n, _ = weight.shape
     shards = scale.shape[1]
-    rows = weight.view(torch.int8).view(blocks * n, 64)
     there = (codes.untyped_storage().nbytes() - codes.storage_offset()) // k  # rows that memory holds
     x_rows = t if tile.bm < 64 else min(-(-t // tile.bm) * tile.bm, there)
-    x_desc = TensorDescriptor(codes, [x_rows, k], [k, 1], [tile.bm, 128], _layout(128, 8))
-    w_desc = TensorDescriptor(rows, [blocks * n, 64], [64, 1], [tile.bn, 64], _layout(64, 8))
-    y_desc = TensorDescriptor(
-        out, [out.shape[0], n], [n, 1], [tile.bm, tile.bn], _layout(128, 8 * out.element_size())
-    )
+    x_desc = _descriptor(codes, x_rows, k, tile.bm, 128, 128)
+    w_desc = _descriptor(weight, blocks * n, 64, tile.bn, 64, 64)
+    y_desc = _descriptor(out, out.shape[0], n, tile.bm, tile.bn, 128)
     tiles = -(-t // tile.bm) * -(-n // tile.bn)
     partial = count = weight_scale
     if tile.split > 1:
         size = tiles * tile.split * tile.bm * tile.bn
         partial = torch.empty(size, dtype=torch.int32, device=codes.device)
         count = _counters(codes.device, tiles)
-    programs = torch.cuda.get_device_properties(codes.device).multi_processor_count * tile.ctas
-    _w4_gemm_hopper_kernel[(min(programs, tiles * tile.split),)](
+    programs = multiprocessors(codes.device) * tile.ctas
+    launch(
+        _w4_gemm_hopper_kernel, (min(programs, tiles * tile.split),),
         x_desc, w_desc, y_desc, scale, weight_scale, weight_scale if bias is None else bias, partial, count,
         t, n, blocks, S=shards, HAS_BIAS=bias is not None, SPLIT=tile.split, GROUP=tile.group,
         STAGES=tile.stages, KB=tile.kb, PDL=True, num_warps=tile.warps, launch_pdl=True,
@@ -295,5 +296,32 @@ def _counters(device: torch.device, tiles: int) -> Tensor:
     return _COUNTERS[device][_turn]
 
 
-def _layout(swizzle: int, bits: int) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=bits, rank=2)
+_KNOWN: dict[tuple[Any, ...], TensorDescriptor] = {}
+
+
+def _descriptor(
+    base: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, swizzle: int
+) -> TensorDescriptor:
+    """Bulk loads or stores of blocks of ``base``'s memory, taken as [rows, columns]; bytes are int8.
+
+    A descriptor's own checks take longer than a launch, so they are made once for each kind.
+    """
+    key = base.dtype, columns, block_rows, block_columns, swizzle
+    known = _KNOWN.get(key)
+    if known is None or base.data_ptr() % 16:
+        layout = gl.NVMMASharedLayout(
+            swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=2
+        )
+        typed = base.view(torch.int8) if base.dtype == torch.uint8 else base
+        block = [block_rows, block_columns]
+        known = TensorDescriptor(typed, [rows, columns], [columns, 1], block, layout)
+        _KNOWN[key] = _with(known, None, [])
+        return known
+    return _with(known, base, [rows, columns])
+
+
+def _with(known: TensorDescriptor, base: Tensor | None, shape: list[int]) -> TensorDescriptor:
+    """A copy with another base and shape, unchecked."""
+    made: TensorDescriptor = object.__new__(TensorDescriptor)
+    made.__dict__.update(known.__dict__, base=base, shape=shape)
+    return made

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import INTERPRET, register, tl, triton
+from .jit import INTERPRET, launch, register, tl, triton
 from .kron import rows
 
 TOKEN_BLOCKS = (16, 32, 64, 128)
@@ -80,7 +80,8 @@ def w8_linear_triton(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | Non
     if t:
         tokens = next((block for block in TOKEN_BLOCKS if t <= block), TOKEN_BLOCKS[-1])
         block = 64 if tokens < 64 else 128
-        _w8_linear_kernel[triton.cdiv(t, tokens), triton.cdiv(n, block)](
+        launch(
+            _w8_linear_kernel, (triton.cdiv(t, tokens), triton.cdiv(n, block)),
             x, codes, scale, x if bias is None else bias, y, t, n, k, x.stride(0), HAS_BIAS=bias is not None,
             WIDE=INTERPRET or x.dtype == torch.float32, BM=tokens, BN=block, BK=128,
             num_warps=8 if tokens == 128 else 4, num_stages=3 if tokens == 128 else 4,

@@ -12,7 +12,7 @@ from vllm_flatquant.kernels.pack import pack_device
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.tiles import PLAIN, Tile
-from vllm_flatquant.kernels.w4_gemm import launch
+from vllm_flatquant.kernels.w4_gemm import run_tile
 
 HOPPER_TILES = [
     Tile(64, 64, 4, 3, 2, ctas=2, split=2),
@@ -41,7 +41,7 @@ def main() -> None:
         for tile in tiles:
             if tile.fits(n, k, shards):
                 out = torch.empty(t, n, dtype=torch.bfloat16, device=device)
-                launch(codes, scale, weight, weight_scale, None, out, tile)
+                run_tile(codes, scale, weight, weight_scale, None, out, tile)
     torch.cuda.synchronize()
     print("ran every kernel")
 

@@ -20,7 +20,7 @@ from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant, rmsnor
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant, silu_mul_kron_quant_ref
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import PLAIN, Tile
-from vllm_flatquant.kernels.w4_gemm import launch, w4_gemm, w4_gemm_ref
+from vllm_flatquant.kernels.w4_gemm import run_tile, w4_gemm, w4_gemm_ref
 from vllm_flatquant.kernels.w8_linear import w8_linear, w8_linear_ref
 
 DEVICE = torch.device("cuda")
@@ -79,7 +79,7 @@ def test_accumulators_are_exact(tile: Tile) -> None:
         want = (codes.double() @ weight.double().T).float()
         for _ in range(3):
             out = torch.empty(t, n, device=DEVICE)
-            launch(*args, out, tile)
+            run_tile(*args, out, tile)
             assert torch.equal(out, want), f"T={t} N={n} K={k} S={shards}"
 
 
@@ -128,7 +128,7 @@ def test_w4_gemm_with_more_than_2_gib_of_weights() -> None:
     want = codes.double() @ unpack_device(packed[:, last].contiguous(), k).double().T
     for tile in (PLAIN[16], PLAIN[8192]) + ((Tile(16, 128, 4, 4, ctas=1),) if hopper(DEVICE) else ()):
         out = torch.empty(t, n, device=DEVICE)
-        launch(codes, scale, packed, ones, None, out, tile)
+        run_tile(codes, scale, packed, ones, None, out, tile)
         assert torch.equal(out[:, last].double(), want)
 
 

@@ -1,0 +1,105 @@
+"""Host time of one call of each operator: what a prefill, which runs without CUDA graphs, pays 32 times a layer kind.
+
+    python benchmarks/host_time.py [--profile]
+
+Microseconds of the host for a call on a stream that is never waited for, the best of a few runs: the operator as
+a compiled model calls it; with Triton's own launch (which works out the compiled variant at every call); and a
+PyTorch product for scale.
+"""
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from vllm_flatquant.kernels.kron_quant import kron_quant
+from vllm_flatquant.kernels.pack import pack_device
+from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
+from vllm_flatquant.kernels.w4_gemm import w4_gemm
+
+MODULES = ("kron_quant", "rmsnorm_kron_quant", "silu_mul_kron_quant", "w4_gemm", "w4_gemm_hopper")
+
+
+def calls(t: int) -> dict[str, Callable[[], object]]:
+    """Operator -> one call of it on ``t`` tokens, in the shapes of an 8B model."""
+
+    def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda").to(dtype)
+
+    x, gate_up, norm, clip = (
+        random(t, 4096),
+        random(t, 28672),
+        random(4096),
+        random(1, dtype=torch.float32),
+    )
+    factors, heads = (random(1, 64, 64), random(1, 64, 64)), random(1, 32, 32)
+    wide = random(1, 112, 112), random(1, 128, 128)
+    codes, scale = kron_quant(x, *factors, clip, 4)
+    weight = pack_device(torch.randint(-8, 8, (6144, 4096), device="cuda", dtype=torch.int8), 1)
+    weight_scale, dense = random(6144, 1, dtype=torch.float32), random(4096, 4096)
+    return {
+        "rmsnorm_kron_quant": lambda: rmsnorm_kron_quant(x, x, norm, 1e-5, *factors, clip, 4),
+        "kron_quant (heads)": lambda: kron_quant(x, heads, None, clip, 4),
+        "silu_mul_kron_quant": lambda: silu_mul_kron_quant(gate_up, *wide, clip, 4),
+        "w4_gemm": lambda: w4_gemm(codes, scale, weight, weight_scale, None, torch.bfloat16),
+        "torch.mm": lambda: torch.mm(x, dense),
+    }
+
+
+def host_us(call: Callable[[], object], repeats: int = 100, rounds: int = 5) -> float:
+    """Microseconds of a call on the host, the best of some rounds."""
+    found = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        found.append((time.perf_counter() - start) / repeats * 1e6)
+        torch.cuda.synchronize()
+    return min(found)
+
+
+def main() -> None:
+    """Print the table, and with --profile where the time goes."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=64, help="few enough that the GPU keeps up")
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    every = calls(args.tokens)
+    for call in every.values():
+        call()
+        call()
+    ours = {name: host_us(call) for name, call in every.items()}
+    modules = [import_module(f"vllm_flatquant.kernels.{name}") for name in MODULES]
+    for module in modules:
+        module.launch = lambda kernel, grid, *a, **meta: kernel[grid](*a, **meta)
+    print(
+        f"host, us a call, {args.tokens} tokens, {torch.cuda.get_device_name()}: ours, with Triton's launch"
+    )
+    for name, call in every.items():
+        print(f"{name:22} {ours[name]:8.1f} {host_us(call):8.1f}")
+    if args.profile:
+        from vllm_flatquant.kernels import jit
+
+        for module in modules:
+            module.launch = jit.launch
+        for name, call in every.items():
+            profile = cProfile.Profile()
+            profile.enable()
+            for _ in range(300):
+                call()
+            profile.disable()
+            torch.cuda.synchronize()
+            print(f"\n{name}")
+            pstats.Stats(profile).sort_stats("tottime").print_stats(14)
+
+
+if __name__ == "__main__":
+    main()

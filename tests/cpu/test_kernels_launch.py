@@ -1,0 +1,65 @@
+"""kernels/jit.py: launch() asks Triton for a variant once, and again for whatever would be another variant."""
+
+import pytest
+import torch
+
+from vllm_flatquant.kernels import jit
+
+
+class Kernel:
+    """Stands in for a compiled-on-demand kernel; remembers how it was started."""
+
+    arg_names = ("x", "n", "BLOCK", "FLAG")
+
+    def __init__(self):
+        self.asked, self.started = [], []
+
+    def __getitem__(self, grid):
+        def start(*args, **meta):
+            self.asked.append((grid, args, meta))
+            return {(*grid, 1, 1): lambda *again: self.started.append(again)}
+
+        return start
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    monkeypatch.setattr(jit, "INTERPRET", False)
+    monkeypatch.setattr(jit, "_COMPILED", {})
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return Kernel()
+
+
+def test_a_known_variant_is_started_directly(kernel):
+    x, y = torch.zeros(64), torch.ones(64)
+    jit.launch(kernel, (3,), x, 48, BLOCK=16, num_warps=4, FLAG=True)
+    jit.launch(kernel, (3,), y, 32, BLOCK=16, num_warps=4, FLAG=True)
+    assert len(kernel.asked) == 1
+    assert [args[0] is y and args[1:] for args in kernel.started] == [(32, 16, True)]
+
+
+@pytest.mark.parametrize(
+    "x, n, block, flag",
+    [
+        (torch.zeros(64, dtype=torch.int8), 48, 16, True),
+        (torch.zeros(65)[1:], 48, 16, True),  # not aligned
+        (torch.zeros(64), 47, 16, True),
+        (torch.zeros(64), 1, 16, True),
+        (torch.zeros(64), 2**32, 16, True),
+        (torch.zeros(64), 48, 32, True),
+        (torch.zeros(64), 48, 16, False),
+    ],
+)
+def test_another_variant_is_asked_for(kernel, x, n, block, flag):
+    jit.launch(kernel, (3,), torch.zeros(64), 48, BLOCK=16, FLAG=True)
+    jit.launch(kernel, (3,), x, n, BLOCK=block, FLAG=flag)
+    assert len(kernel.asked) == 2 and not kernel.started
+
+
+def test_another_kernel_or_device_is_asked_for(kernel, monkeypatch):
+    other = Kernel()
+    for which in (kernel, other):
+        jit.launch(which, (3,), torch.zeros(64), 48, BLOCK=16, FLAG=True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    jit.launch(kernel, (3,), torch.zeros(64), 48, BLOCK=16, FLAG=True)
+    assert (len(kernel.asked), len(other.asked)) == (2, 1)
