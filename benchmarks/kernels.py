@@ -6,21 +6,28 @@
 CUDA graph replay over rotating buffers that together exceed the L2. One row per kernel, shape and number of
 tokens, with the median and the spread of the replays, the SM clock after them, and the share of the floor:
 the larger of bytes moved over 3.0 TB/s (a measured copy) and operations over the tensor cores' dense rate.
-Peers are measured where vLLM is importable. Rows already there for this GPU and commit are skipped.
+Peers are measured where vLLM is importable. Rows already there for this GPU and commit are skipped, so a run
+that was cut off goes on where it stopped. Our kernels are compiled first, by --workers processes at once.
 """
 
 import argparse
 import csv
+import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from timing import RESULTS, Table, clocks, copies, environment, graph_us, summary
+from tune_w4_gemm import compile_all
 
+from vllm_flatquant.kernels.jit import hopper
 from vllm_flatquant.kernels.kron import empty_codes
 from vllm_flatquant.kernels.kron_quant import kron_quant
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
+from vllm_flatquant.kernels.tiles import Tile, w4_gemm_tile
 from vllm_flatquant.kernels.w4_gemm import w4_gemm
 from vllm_flatquant.kernels.w8_linear import w8_linear
 
@@ -283,8 +290,45 @@ class Recorder:
         self.table.append(row | {"sm_mhz": clocks()})
 
 
-def measure_gemms(record: Recorder, models: list[str], tokens: list[int]) -> None:
-    for n, k in [shape for model in models for shape in GEMMS[model]]:
+def compile_transforms(job: tuple[int, int, int]) -> None:
+    """Call each transform of ours once for factors a, b and t tokens, which fills the on-disk cache."""
+    a, b, t = job
+    for kernel, (call, _) in transform_calls(a, b, t, 1).items():
+        if "kron" in kernel:
+            call(0)
+    torch.cuda.synchronize()
+
+
+def compile_first(only: str, shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> None:
+    """Compile what the questions ``only`` will run, in ``workers`` processes; 0 leaves it to the first call."""
+    if not workers:
+        return
+    gpu, wgmma = torch.cuda.get_device_name(), hopper(torch.device("cuda"))
+    if "layer" in only:
+        shapes = shapes + GEMMS["llama-8b"]
+    jobs: dict[tuple[Tile, int], tuple[tuple[int, int, int], list[Tile]]] = {}
+    if "gemm" in only or "layer" in only:
+        for n, k in shapes:
+            for shards in (1, 2, 4, 8) if n == 4096 else (1,):
+                for (
+                    t
+                ) in tokens:  # the code depends on the tile and the shards, so few rows of weights serve
+                    tile = w4_gemm_tile(gpu, wgmma, t, n, k, shards)
+                    jobs.setdefault((tile, shards), ((1024, k, shards), [tile]))
+    transforms = [(64, 64, 1), (64, 64, 256), (64, 64, 8192), (112, 128, 1), (112, 128, 256)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        if "transform" in only or "layer" in only:
+            others = pool.map(compile_transforms, transforms)
+        else:
+            others = iter(())
+        for failed in pool.map(compile_all, jobs.values()):
+            for tile, why in failed:
+                print("does not compile:", tile, why, flush=True)
+        list(others)
+
+
+def measure_gemms(record: Recorder, shapes: list[tuple[int, int]], tokens: list[int]) -> None:
+    for n, k in shapes:
         count = copies(n * k // 2)
         for kernel, make in gemm_calls(n, k, count).items():
             shards = int(kernel.split("=")[1]) if "=" in kernel else 1
@@ -361,11 +405,17 @@ def main() -> None:
     )
     parser.add_argument("--only", default="layer,transform,head,gemm")
     parser.add_argument("--models", default="llama-8b,llama-70b")
+    parser.add_argument("--shapes", help="GEMMs in place of the models', as 4096x14336,8192x28672")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--results", type=Path, default=RESULTS / "kernels.csv")
     parser.add_argument("--print", action="store_true", help="print the layer table at the end")
     args = parser.parse_args()
     tokens = [int(t) for t in args.tokens.split(",")]
+    shapes = [shape for model in args.models.split(",") for shape in GEMMS[model]]
+    if args.shapes:
+        shapes = [(int(n), int(k)) for n, k in (shape.split("x") for shape in args.shapes.split(","))]
+    compile_first(args.only, shapes, tokens, args.workers)
     record = Recorder(args.results)
     if "layer" in args.only:
         measure_layer(record, [t for t in tokens if t in (1, 16, 64, 256, 1024, 2048, 8192)])
@@ -374,7 +424,7 @@ def main() -> None:
     if "head" in args.only:
         measure_head(record, [t for t in tokens if t <= 256])
     if "gemm" in args.only:
-        measure_gemms(record, args.models.split(","), tokens)
+        measure_gemms(record, shapes, tokens)
     if args.print:
         show(args.results, record.fixed["gpu"], record.fixed["commit"])
 
