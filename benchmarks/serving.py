@@ -283,9 +283,7 @@ class Run:
         """Format -> what to measure: bf16 again and what has no rows yet; nothing if nothing is missing."""
         every = self.measures(model)
         missing = {name: self.missing(model, name) for name in self.args.formats}
-        if self.args.profile:
-            return missing
-        left = {name: measures for name, measures in missing.items() if measures}
+        left = {name: measures for name, measures in missing.items() if measures or self.args.profile}
         return {"bf16": every} | {n: m for n, m in left.items() if n != "bf16"} if left else {}
 
 

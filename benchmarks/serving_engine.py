@@ -4,7 +4,9 @@ Arguments: a JSON object {model, options, out, go, plan, profile, wanted}; it me
 vLLM's engine runs in this process, so that all requests of a measurement are there before its first step.
 """
 
+import cProfile
 import json
+import pstats
 import statistics
 import sys
 import time
@@ -84,8 +86,11 @@ def measures(probe: Probe, plan: dict[str, Any]) -> dict[str, Callable[[], float
     return found
 
 
-def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None]) -> None:
-    """Kernels of a decode step and of a prefill step: how often, how long, and the step's wall time."""
+def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None], folder: Path) -> None:
+    """Kernels of a decode step and of a prefill step: how often, how long, and the step's wall time.
+
+    Where the host spends a prefill step is written to ``folder``/host_*.txt.
+    """
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -124,6 +129,11 @@ def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None]) -> N
             probe.finish()
 
         trace(f"prefill_{batch}x{prompt}", 1, lambda: None, prefill)
+        on_host = cProfile.Profile()
+        on_host.runcall(prefill)
+        with (folder / f"host_prefill_{batch}x{prompt}.txt").open("w") as file:
+            for order in ("tottime", "cumtime"):
+                pstats.Stats(on_host, stream=file).sort_stats(order).print_stats(60)
 
 
 def main() -> None:
@@ -168,7 +178,7 @@ def main() -> None:
         write(measure=name, value=middle, unit="ms", spread=spread, repeats=len(figures))
     if job["profile"]:
         probe.prefill(1, 64)
-        profile(probe, plan, write)
+        profile(probe, plan, write, out.parent)
     write(measure="finished", value=1, unit="")
 
 
