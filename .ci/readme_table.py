@@ -30,8 +30,12 @@ def table(rows: list[dict[str, str]]) -> str:
         cells = [f"{mean(by_text[t]):.3f}" if by_text[t] else "" for t in texts]
         seeds = max(len(found) for found in by_text.values())
         runs = [row for row in used if row["config"] == config]
-        cost = f"{mean(float(r['seconds']) for r in runs):.0f} | {max(float(r['peak_memory_gb']) for r in runs):.1f}"
-        lines.append(f"| {config} | " + " | ".join(cells) + f" | {seeds} | {cost} |")
+        timed = [float(r["seconds"]) for r in runs if r["seconds"]]  # none of runs that shared a GPU
+        cost = [
+            f"{mean(timed):.0f}" if timed else "",
+            f"{max(float(r['peak_memory_gb']) for r in runs):.1f}",
+        ]
+        lines.append(f"| {config} | " + " | ".join([*cells, str(seeds), *cost]) + " |")
     sources = {
         name: ", ".join(sorted({row[name] for row in used})) for name in ("device", "torch", "commit")
     }

@@ -6,26 +6,28 @@
 A variant is ``BLOCKS;LAST``: settings of the recipe for the stage block by block, then for the end-to-end stage
 (empty: none); --variants takes a file of them, most wanted first. Variants with equal BLOCKS share that stage,
 which runs once; ``--jobs`` stages run at a time on one device. BLOCKS may begin with a scheme. Rows go to
-benchmarks/results/ablation.csv as they come; rows that are there already are not measured again.
+benchmarks/results/ablation.csv as they come; rows that are there already are not measured again. ``BLOCKS;best``
+stands for the end-to-end settings that did best so far with the first variant's BLOCKS, by the texts --choose.
 """
 
 import argparse
 import csv
 import gc
-import itertools
 import json
 import math
-import multiprocessing as mp
+import os
+import sys
 import tempfile
 import time
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
-from accuracy import commit, machine, read_tokens
+from accuracy import EVAL_BATCH, commit, machine, read_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from workers import run_jobs
 
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.endtoend import LATENT, distill, generated_tokens
@@ -67,7 +69,7 @@ FIELDS = [
     "commit",
 ]
 GENERATED = "tokens.safetensors"
-EVAL_BATCH = 8
+BEST = "best"
 
 
 def parse(settings: str) -> dict[str, Any]:
@@ -93,6 +95,7 @@ def start(job: dict[str, Any]) -> torch.device:
 def run_blocks(job: dict[str, Any]) -> float:
     """The stage block by block: saves every block's tensors, with its weights before rounding; seconds."""
     device, begin = start(job), time.monotonic()
+    job["folder"].mkdir(parents=True, exist_ok=True)
     # Any last stage makes quantize_block keep the weights before rounding.
     recipe = make_recipe(**job["blocks"], seed=job["seed"], distill_epochs=1)
     source = ModelSource(job["model"])
@@ -112,13 +115,14 @@ def block_file(job: dict[str, Any], index: int) -> Path:
 
 
 def run_generation(job: dict[str, Any]) -> float:
-    """Saves the rows that the model writes (for the first seed; the others use them too); seconds."""
+    """Saves the rows that the model writes (for the first seed; the others, and variants with fewer, use them too);
+    seconds."""
     device, begin = start(job), time.monotonic()
     source = ModelSource(job["model"])
     recipe = make_recipe(**job["blocks"], seed=job["seed"])
     tokens = calibration_tokens(job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed)
-    count = job["last"]["distill_generated"]
-    more = generated_tokens(source, tokens, count, recipe.seed, device)
+    more = generated_tokens(source, tokens, job["rows"], recipe.seed, device)
+    job["folder"].mkdir(parents=True, exist_ok=True)
     save_file({"tokens": more}, job["folder"] / GENERATED)
     return time.monotonic() - begin
 
@@ -137,7 +141,8 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
             job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed
         )
         if recipe.distill_generated:
-            tokens = torch.cat([tokens, load_file(job["needs"][1] / GENERATED)["tokens"]])
+            more = load_file(job["needs"][1] / GENERATED)["tokens"]
+            tokens = torch.cat([tokens, more[: recipe.distill_generated]])
         blocks, changed, report = distill(source, blocks, tokens, recipe, spec, device)
         others, kl = others | changed, (report.kl_first_epoch, report.kl_last_epoch)
     seconds = time.monotonic() - begin
@@ -191,7 +196,7 @@ def read_variants(files: list[Path]) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -223,12 +228,23 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, help="folder where the stage block by block stays")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
-    begin = time.monotonic()
+    deadline = time.monotonic() + args.seconds
     args.variant += read_variants(args.variants)
     args.once = read_variants(args.once)
+    args.choose = args.choose or [t.partition("=")[0] for t in args.text]
     if not args.variant:
         parser.error("give --variant or --variants")
+    with tempfile.TemporaryDirectory() as temporary:
+        jobs = plan(args, args.keep or Path(temporary))
+        failed = measure(jobs, args.jobs, deadline, args.out)
+    means = read_means(args.out)
+    for variant in ranked(means, args.choose):
+        print(variant, *(f"{t}={mean(p):.4f} ({len(p)})" for t, p in means[variant].items()))
+    return int(failed)
 
+
+def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """The jobs that are left, most wanted first; those whose stage lies in ``folder`` are not repeated."""
     texts = [tuple(t.split("=", 1)) for t in args.text]
     counts = {
         t: str(len(windows(read_tokens(args.model, f), args.seq_len, args.limit))) for t, f in texts
@@ -245,113 +261,114 @@ def main() -> None:
         "calib": args.calib,
         "limit": args.limit,
         "device": args.device,
-        "threads": max(1, mp.cpu_count() // args.jobs),
+        "threads": max(1, (os.cpu_count() or 1) // args.jobs),
     }
     code = commit()
-    first: set[Path] = set()
+    pairs = [(s, v) for s in args.seeds for v in args.variant]
+    pairs += [(args.seeds[0], v) for v in args.once]
+    pairs = [(s, best_for(v, pairs[0][1], args.out, args.choose)) for s, v in pairs]
+    rows = max(parse(v.partition(";")[2]).get("distill_generated", 0) for _, v in pairs)
+    stem = f"{about['model']}-{args.seq_len}-generated-"
+    there = [int(f.name.removeprefix(stem)) for f in folder.glob(f"{stem}*") if finished(f)]
+    rows = min((n for n in there if n >= rows), default=rows)
+    written = folder / f"{stem}{rows}"
     jobs: list[dict[str, Any]] = []
 
     def once(job: dict[str, Any]) -> None:
-        if job["folder"] not in first:
-            first.add(job["folder"])
+        if not finished(job["folder"]) and job["folder"] not in [j["folder"] for j in jobs]:
             jobs.append({**job, "needs": []})
 
-    with tempfile.TemporaryDirectory() as temporary:
-        pairs = [
-            *itertools.product(args.seeds, args.variant),
-            *itertools.product(args.seeds[:1], args.once),
+    for seed, variant in pairs:
+        row = {**about, "variant": variant, "seed": seed, "commit": code}
+        left = [
+            (t, f)
+            for t, f in texts
+            if tuple(str({**row, "text": t, "windows": counts[t]}[k]) for k in same) not in done
         ]
-        for seed, variant in pairs:
-            row = {**about, "variant": variant, "seed": seed, "commit": code}
-            left = [
-                (t, f)
-                for t, f in texts
-                if tuple(str({**row, "text": t, "windows": counts[t]}[k]) for k in same) not in done
-            ]
-            if not left:
-                continue
-            blocks, _, end = variant.partition(";")
-            job = {**common, "blocks": {**sizes, **parse(blocks)}, "last": parse(end), "seed": seed}
-            make_recipe(**job["blocks"] | job["last"], seed=seed)  # before hours of work
-            key = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
-            folder = args.keep or Path(temporary)
-            job["folder"] = folder / f"{key}-{blocks}"
-            needs = [job["folder"]]
-            once({**job, "stage": run_blocks})
-            if wanted := job["last"].get("distill_generated", 0):
-                needs.append(folder / f"{about['model']}-{args.seq_len}-generated-{wanted}")
-                once({**job, "stage": run_generation, "folder": needs[-1]})
-            jobs.append({**job, "stage": run_last, "needs": needs, "texts": left, "row": row})
-        with ProcessPoolExecutor(args.jobs, mp_context=mp.get_context("spawn")) as pool:
-            measure(pool, args.jobs, jobs, args.out, begin + args.seconds)
-    summary(args.out, args.choose or [t for t, _ in texts])
+        if not left:
+            continue
+        blocks, _, end = variant.partition(";")
+        job = {**common, "blocks": {**sizes, **parse(blocks)}, "last": parse(end), "seed": seed}
+        make_recipe(**job["blocks"] | job["last"], seed=seed)  # before hours of work
+        key = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
+        job["folder"] = folder / f"{key}-{blocks}"
+        needs = [job["folder"]]
+        once({**job, "stage": run_blocks})
+        if job["last"].get("distill_generated"):
+            needs.append(written)
+            once({**job, "stage": run_generation, "folder": written, "rows": rows})
+        jobs.append({**job, "stage": run_last, "needs": needs, "texts": left, "row": row})
+    return jobs
 
 
-def measure(
-    pool: ProcessPoolExecutor,
-    jobs: int,
-    waiting: list[dict[str, Any]],
-    out: Path,
-    deadline: float,
-) -> None:
-    """Run the jobs, ``jobs`` at a time, always the first one in ``waiting`` that has what it needs, until
-    ``deadline`` (monotonic seconds). Appends rows to ``out`` as they come; a job that fails is reported, and the
-    others go on."""
-    pending: dict[Future, dict] = {}
-    waiting = [j for j in waiting if "row" in j or not finished(j["folder"])]
+def best_for(variant: str, first: str, out: Path, choose: list[str]) -> str:
+    """``variant``, with the best end-to-end settings so far behind the BLOCKS of ``first`` in place of ``best``."""
+    blocks, _, end = variant.partition(";")
+    if end != BEST:
+        return variant
+    base = first.partition(";")[0]
+    means = read_means(out) if out.exists() else {}
+    found = [v for v in ranked(means, choose) if v.startswith(f"{base};distill_epochs")]
+    if not found:
+        raise SystemExit(f"{variant}: {out} has no variant {base};distill_epochs=... yet")
+    return f"{blocks};{found[0].partition(';')[2]}"
+
+
+def measure(jobs: list[dict[str, Any]], workers: int, deadline: float, out: Path) -> bool:
+    """Run the jobs, always the first one that has what it needs, until ``deadline`` (monotonic seconds). Appends
+    rows to ``out`` as they come; whether a job failed, which is reported while the others go on."""
+
+    def ready(waiting: list[dict[str, Any]], running: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        writing = [j for j in [*running, *waiting] if j["stage"] is run_generation]
+        if (
+            writing
+        ):  # token by token, it would wait for every other job: it has the device to itself, first
+            return [] if running else writing[:1]
+        return [j for j in waiting if all(map(finished, j["needs"]))]
+
+    failed = False
     out.parent.mkdir(parents=True, exist_ok=True)
     fresh = not out.exists()
     with out.open("a", newline="") as f:
         writer = csv.DictWriter(f, FIELDS)
         if fresh:
             writer.writeheader()
-        while True:
-            writing = [j for j in [*pending.values(), *waiting] if j["stage"] is run_generation]
-            # Token by token, it would wait for every other job: it has the device to itself, first.
-            ready = writing and [j for j in writing if j in waiting]
-            ready = ready or [j for j in waiting if not writing and all(map(finished, j["needs"]))]
-            for job in ready[: 1 - len(pending) if writing else jobs - len(pending)]:
-                waiting.remove(job)
-                job["folder"].mkdir(parents=True, exist_ok=True)
-                pending[pool.submit(job["stage"], job)] = job
-            left = deadline - time.monotonic()
-            if not pending or left <= 0:
-                break
-            for future in wait(pending, timeout=left, return_when=FIRST_COMPLETED).done:
-                job = pending.pop(future)
-                name = job["row"]["variant"] if "row" in job else job["folder"].name
-                if error := future.exception():
-                    print("FAILED", job["seed"], name, repr(error), flush=True)
-                elif "row" in job:
-                    writer.writerows(future.result())
-                    f.flush()
-                    for row in future.result():
-                        print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
-                else:
-                    (job["folder"] / "seconds").write_text(f"{future.result():.0f}")
-                    print(name, f"{future.result():.0f} s", flush=True)
-    for job in [*pending.values(), *waiting]:
+        for job, result, error in run_jobs(jobs, workers, deadline, ready):
+            name = job["row"]["variant"] if "row" in job else job["folder"].name
+            failed |= error is not None
+            if error is not None:
+                print("FAILED", job["seed"], name, error, flush=True)
+            elif "row" in job:
+                writer.writerows(result)
+                f.flush()
+                for row in result:
+                    print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
+            else:
+                (job["folder"] / "seconds").write_text(f"{result:.0f}")
+                print(name, f"{result:.0f} s", flush=True)
+    for job in jobs:
         print("not done:", job["seed"], job["row"]["variant"] if "row" in job else job["folder"].name)
-    for worker in mp.active_children():
-        worker.kill()  # what is not done by now is not wanted
+    return failed
 
 
-def summary(file: Path, choose: list[str]) -> None:
-    """Prints each variant's mean perplexity over its seeds, lowest mean log perplexity of the texts ``choose``
-    first."""
+def read_means(file: Path) -> dict[str, dict[str, list[float]]]:
+    """Variant -> text -> the perplexities of its seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     with file.open() as f:
         for row in csv.DictReader(f):
             texts = found.setdefault(row["variant"], {})
             texts.setdefault(row["text"], []).append(float(row["perplexity"]))
-    means = {v: {t: sum(p) / len(p) for t, p in texts.items()} for v, texts in found.items()}
+    return found
+
+
+def ranked(means: dict[str, dict[str, list[float]]], choose: list[str]) -> list[str]:
+    """The variants, lowest mean log perplexity of the texts ``choose`` first."""
 
     def rank(variant: str) -> float:
-        return sum(math.log(means[variant].get(text, math.inf)) for text in choose)
+        texts = means[variant]
+        return sum(math.log(mean(texts[t])) if t in texts else math.inf for t in choose)
 
-    for variant in sorted(means, key=rank):
-        seeds = max(map(len, found[variant].values()))
-        print(variant, f"seeds={seeds}", *(f"{t}={p:.4f}" for t, p in means[variant].items()))
+    return sorted(means, key=rank)
 
 
 def finished(folder: Path) -> bool:
@@ -360,4 +377,4 @@ def finished(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,17 +5,19 @@
 
 A configuration is a recipe (``flatquant recipes`` lists them; a YAML file does too), ``comparison`` (one of each
 system), or a name of the table's older rows, each with changes behind a colon: ``quarot-w4a4:kv=8,shards=2``.
-All calibrate on the same tokens. Rows go to benchmarks/results/accuracy.csv with seconds and peak memory; a row
-that is there already (same model, text, configuration and seed) is not run again. Each run repeats the
-unquantized baseline. Several jobs can share one GPU; their times then say nothing. ``--plot`` draws what the
-CSV has of this model.
+All calibrate on the same tokens. Rows go to benchmarks/results/accuracy.csv as they come, with seconds and peak
+memory; a row that is there already (same model, text, configuration and seed) is not run again. Seeds are the
+outer loop. Several jobs can share one GPU (--jobs); their seconds would say nothing and are left out. A job that
+fails is reported and the others go on. ``--plot`` draws what the CSV has of this model.
 """
 
 import argparse
 import csv
 import json
-import multiprocessing as mp
+import math
+import os
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,6 +26,7 @@ from statistics import mean
 import torch
 import transformers
 from timing import commit
+from workers import run_jobs
 
 from vllm_flatquant import __version__
 from vllm_flatquant.calibration.data import evaluation_tokens
@@ -67,6 +70,7 @@ OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
 """Names of rows from before there were recipes: recipe and changes."""
+EVAL_BATCH = 8
 LEFT_OUT = ("kv8", "w4a8", "-g128")
 """Variants of recipes that ``comparison`` leaves to whoever asks for them."""
 
@@ -128,12 +132,12 @@ def run(job: dict) -> list[dict]:
                     "text": text,
                     "config": job["config"],
                     "seed": job["seed"],
-                    "perplexity": f"{perplexity(network, cut):.4f}",
+                    "perplexity": f"{perplexity(network, cut, EVAL_BATCH):.4f}",
                     "windows": len(cut),
                     "seq_len": job["seq_len"],
                     "settings": json.dumps(job["settings"]),
                     "calib": Path(job["calib"]).name,
-                    "seconds": f"{seconds:.0f}",
+                    "seconds": f"{seconds:.0f}" if job["alone"] else "",
                     "peak_memory_gb": f"{peak_memory(device) if peak is None else peak:.2f}",
                     **machine(device),
                     "commit": job["commit"],
@@ -142,7 +146,7 @@ def run(job: dict) -> list[dict]:
     return rows
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -161,10 +165,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of the recipe's, where it trains at all")
     parser.add_argument("--limit", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="at a time, on one device")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop then, with the rows so far"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="perplexity against seconds")
     args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
 
     done = set()
     if args.out.exists():
@@ -188,55 +196,57 @@ def main() -> None:
         recipes[config] = settings, recipe
 
     common = {
+        "stage": run,
         "model": args.model,
         "calib": args.calib,
         "seq_len": args.seq_len,
         "limit": args.limit,
         "device": args.device,
         "commit": commit(),
-        "threads": max(1, mp.cpu_count() // args.jobs),
+        "threads": max(1, (os.cpu_count() or 1) // args.jobs),
+        "alone": args.jobs == 1,
     }
-    jobs = [{**common, "config": "unquantized", "seed": 0, "settings": None, "texts": texts}]
+    jobs = []
     for seed in range(args.seeds):
-        for config, (settings, recipe) in recipes.items():
+        given = {"unquantized": (None, None)} if seed == 0 else {}
+        for config, (settings, recipe) in {**given, **recipes}.items():
             left = [(t, f) for t, f in texts if (name, t, config, str(seed), str(counts[t])) not in done]
             if left:
                 job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
                 jobs.append({**common, **job, "texts": left})
-    args.out.parent.mkdir(exist_ok=True)
-    fresh = not args.out.exists()
-    with args.out.open("a", newline="") as f, mp.get_context("spawn").Pool(args.jobs) as pool:
-        writer = csv.DictWriter(f, FIELDS)
-        if fresh:
-            writer.writeheader()
-        for rows in pool.imap_unordered(run, jobs):
-            for row in rows:
-                if (
-                    row["model"],
-                    row["text"],
-                    row["config"],
-                    str(row["seed"]),
-                    str(row["windows"]),
-                ) not in done:
-                    writer.writerow(row)
-                print(
-                    row["model"],
-                    row["text"],
-                    row["config"],
-                    row["seed"],
-                    row["perplexity"],
-                    row["seconds"],
-                    flush=True,
-                )
-            f.flush()
+    failed = measure(jobs, args.jobs, deadline, args.out)
     if args.plot:
         with args.out.open(newline="") as f:
             plot([r for r in csv.DictReader(f) if r["model"] == name], args.plot)
+    return int(failed)
+
+
+def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
+    """Run the jobs and append their rows to ``out`` as they come; whether one failed."""
+    failed = False
+    out.parent.mkdir(exist_ok=True)
+    fresh = not out.exists()
+    with out.open("a", newline="") as f:
+        writer = csv.DictWriter(f, FIELDS)
+        if fresh:
+            writer.writeheader()
+        for job, rows, error in run_jobs(jobs, workers, deadline):
+            failed |= error is not None
+            if error is not None:
+                print("FAILED", job["config"], job["seed"], error, flush=True)
+                continue
+            writer.writerows(rows)
+            f.flush()
+            for row in rows:
+                print(*(row[k] for k in [*FIELDS[:5], "seconds"]), flush=True)
+    for job in jobs:
+        print("not done:", job["config"], job["seed"])
+    return failed
 
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Perplexity against seconds of calibration, mean over seeds: a panel for each text, its unquantized
-    perplexity as a line. rows: of the CSV, one model's."""
+    """Perplexity, mean over seeds, against seconds of calibration where a run was timed: a panel for each text, its
+    unquantized perplexity as a line. rows: of the CSV, one model's."""
     from matplotlib import pyplot
 
     texts = sorted({row["text"] for row in rows})
@@ -251,7 +261,10 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
             if config == "unquantized":
                 axes.axhline(y, color="0.6", linestyle="--")
                 continue
-            x = mean(float(row["seconds"]) for row in found)
+            timed = [float(row["seconds"]) for row in found if row["seconds"]]
+            if not timed:
+                continue
+            x = mean(timed)
             axes.plot(x, y, "o")
             axes.annotate(config, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
         axes.set(title=f"{text} ({most} windows)", xlabel="seconds to quantize", ylabel="perplexity")
@@ -261,4 +274,4 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -10,7 +10,6 @@ import argparse
 import csv
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -18,13 +17,9 @@ from accuracy import commit, machine
 from safetensors.torch import save_file
 from transformers import LlamaConfig
 
-from vllm_flatquant.calibration.quantize import (
-    choose_device,
-    make_spec,
-    peak_memory,
-    quantize_block,
-    stream_device,
-)
+from vllm_flatquant.calibration.meter import Meter, limit_memory, total_memory
+from vllm_flatquant.calibration.quantize import choose_device, make_spec, stream_device
+from vllm_flatquant.calibration.quantize_block import quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.source import ModelSource, meta_model
 from vllm_flatquant.calibration.streams import record_inputs
@@ -41,10 +36,12 @@ FIELDS = [
     "settings",
     "tokens",
     "block_seconds",
+    "phases",
     "model_minutes",
     "first_loss",
     "last_loss",
     "peak_memory_gb",
+    "memory_gb",
     "activations",
     "device",
     "torch",
@@ -54,8 +51,8 @@ FIELDS = [
 ]
 
 
-def make_block(folder: Path, sizes: dict[str, int], seq_len: int) -> Path:
-    """A model folder with one random block of these sizes, in bf16."""
+def make_block(folder: Path, sizes: dict[str, int], seq_len: int, device: torch.device) -> Path:
+    """A model folder with one random block of these sizes, in bf16, drawn on ``device``."""
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=sizes["hidden_size"],
@@ -71,8 +68,8 @@ def make_block(folder: Path, sizes: dict[str, int], seq_len: int) -> Path:
     torch.manual_seed(0)
     tensors = {}
     for name, meta in meta_model(config).state_dict().items():
-        noise = torch.randn(meta.shape, dtype=torch.bfloat16)
-        tensors[name] = 1 + 0.1 * noise if meta.ndim == 1 else noise * meta.shape[-1] ** -0.5
+        noise = torch.randn(meta.shape, dtype=torch.bfloat16, device=device)
+        tensors[name] = (1 + 0.1 * noise if meta.ndim == 1 else noise * meta.shape[-1] ** -0.5).cpu()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     return folder
@@ -87,32 +84,37 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=JSON", help="settings of the recipe"
     )
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--memory-gb", type=float, help="as if the GPU had no more than this")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     device = choose_device(args.device)
     settings = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in args.set)}
     recipe = make_recipe(**settings)
     blocks, sizes = SHAPES[args.shape]
+    if args.memory_gb:
+        limit_memory(device, args.memory_gb * 1e9 / total_memory(device))
     with tempfile.TemporaryDirectory() as temporary:
-        source = ModelSource(make_block(Path(temporary) / "model", sizes, recipe.seq_len))
+        folder = Path(temporary)
+        source = ModelSource(make_block(folder / "model", sizes, recipe.seq_len, device))
         tokens = torch.randint(512, (recipe.samples, recipe.seq_len))
         x, kwargs = record_inputs(source, tokens, device)
-        x = x.to(stream_device(x, device))
+        x = x.to(stream_device(recipe, source, device))
         x_q = x.clone() if recipe.follows_quantized else x[:1].clone()
-        begin = time.monotonic()
+        meter = Meter(device)
         _, _, _, report = quantize_block(
-            source, 0, recipe, make_spec(source, recipe), x, x_q, kwargs[0], device
+            source, 0, recipe, make_spec(source, recipe), x, x_q, kwargs[0], device, folder, meter
         )
-        seconds = time.monotonic() - begin
     row = {
         "shape": args.shape,
         "settings": json.dumps(settings),
         "tokens": tokens.numel(),
-        "block_seconds": f"{seconds:.1f}",
-        "model_minutes": f"{seconds * blocks / 60:.1f}",
+        "block_seconds": f"{report.seconds:.1f}",
+        "phases": json.dumps({name: round(value, 1) for name, value in meter.seconds.items()}),
+        "model_minutes": f"{report.seconds * blocks / 60:.1f}",
         "first_loss": f"{report.epoch_losses[0]:.4g}" if report.epoch_losses else "",
         "last_loss": f"{report.epoch_losses[-1]:.4g}" if report.epoch_losses else "",
-        "peak_memory_gb": f"{peak_memory(device):.1f}",
+        "peak_memory_gb": f"{report.peak_memory_gb:.1f}",
+        "memory_gb": args.memory_gb or "",
         "activations": x.device.type,
         **machine(device),
         "commit": commit(),

@@ -2,7 +2,8 @@
 
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -41,6 +42,17 @@ class Meter:
         return max((self.gpu if self.device.type == "cuda" else self.cpu).values()) / 1e9
 
 
+@contextmanager
+def metered(device: torch.device) -> Iterator[dict[str, float]]:
+    """Gives a dict that holds ``seconds`` and ``peak_memory_gb`` of what is inside, once that has ended."""
+    meter = Meter(device)
+    cost: dict[str, float] = {}
+    meter.enter("all")
+    yield cost
+    meter.enter(None)
+    cost |= {"seconds": meter.seconds["all"], "peak_memory_gb": meter.peak_gb}
+
+
 def reset_peaks(device: torch.device) -> None:
     """Let peaks count from here; for the process that needs Linux's /proc."""
     if device.type == "cuda":
@@ -61,10 +73,22 @@ def peak_memory(device: torch.device) -> float:
     return peak_process() / 1e9
 
 
+def limit_memory(device: torch.device, part: float) -> None:
+    """Let this process have at most ``part`` (of 1) of a GPU's memory, as if the GPU had no more."""
+    torch.cuda.set_per_process_memory_fraction(min(1.0, part), device.index)
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of a GPU that this process may have."""
+    whole = torch.cuda.get_device_properties(device).total_memory
+    return int(whole * torch.cuda.get_per_process_memory_fraction(device.index))
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that the device can still give: a GPU to anyone, this machine to its processes."""
+    """Bytes that the device can still give this process: of a GPU what neither others nor its limit take."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        allowed = total_memory(device) - torch.cuda.memory_reserved(device)
+        return min(torch.cuda.mem_get_info(device)[0], allowed)
     with open("/proc/meminfo") as file:
         for line in file:
             if line.startswith("MemAvailable:"):

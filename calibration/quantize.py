@@ -45,6 +45,7 @@ from .fingerprint import (
 from .golden import final_norm, golden, head_name, norm_name
 from .head import head_cost, quantize_head
 from .learned_rotation import find_rotation
+from .meter import metered, total_memory
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import Rotation, rotated
@@ -296,7 +297,9 @@ def rotate_source(
         return source
     if parallel.is_writer() and not staging.has(ROTATION):
         with staging.stage(ROTATION) as folder, seeded(recipe.seed * 1009 - 1, device):
-            find_rotation(source, recipe, tokens, device).save(folder / MATRICES)
+            with metered(device) as cost:
+                find_rotation(source, recipe, tokens, device).save(folder / MATRICES)
+            write_text(folder / REPORT, json.dumps({"rotation": recipe.rotation, **cost}) + "\n")
     parallel.wait()
     return rotated(source, Rotation.load(staging.folder / ROTATION / MATRICES), device)
 
@@ -316,16 +319,17 @@ def distill_blocks(
         load_block(staging.folder / block_stage(i), source.block_prefix(i))
         for i in range(source.num_blocks)
     ]
-    text = distill_tokens(source, tokens, recipe, device)
-    finished, others, report = distill(
-        source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
-    )
+    with metered(device) as cost:
+        text = distill_tokens(source, tokens, recipe, device)
+        finished, others, report = distill(
+            source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
+        )
     for i, tensors in enumerate(finished):
         save_tensors(folder, {source.block_prefix(i) + n: t for n, t in tensors.items()}, i)
     save_tensors(folder, others, source.num_blocks)
     x_q = finished_hidden(source, finished, tokens[:1], spec, device)
     store_stream(folder / QUANTIZED, x_q)
-    write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
+    write_text(folder / REPORT, json.dumps(asdict(report) | cost) + "\n")
 
 
 def round_head(
@@ -378,9 +382,10 @@ def write_documents(
     write_side_files(folder, source.path, config, spec)
     model, calib = public_name(run.model), public_name(run.calib)
     write_text(folder / "recipe.yaml", run.recipe.to_yaml(calib))
-    stages = [*map(block_stage, range(source.num_blocks)), DISTILLED, ROUNDED_HEAD]
-    reports = [staging.folder / stage / REPORT for stage in stages if staging.has(stage)]
-    write_text(folder / "calibration_log.jsonl", "".join(r.read_text(encoding="utf-8") for r in reports))
+    stages = [ROTATION, *map(block_stage, range(source.num_blocks)), DISTILLED, ROUNDED_HEAD]
+    reports = [staging.folder / stage / REPORT for stage in stages]
+    lines = [report.read_text(encoding="utf-8") for report in reports if report.exists()]
+    write_text(folder / "calibration_log.jsonl", "".join(lines))
     write_text(folder / "README.md", model_card(source.path, model, spec, run.recipe, calib))
 
 
@@ -413,6 +418,5 @@ def stream_device(recipe: Recipe, source: ModelSource, device: torch.device) -> 
     files, so that the disk takes what memory cannot)."""
     if device.type != "cuda":
         return device
-    total = torch.cuda.get_device_properties(device).total_memory
     stream = recipe.samples * recipe.seq_len * source.config.hidden_size * 4
-    return device if 4 * stream < total / 4 else torch.device("cpu")
+    return device if 4 * stream < total_memory(device) / 4 else torch.device("cpu")

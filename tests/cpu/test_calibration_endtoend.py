@@ -146,6 +146,7 @@ def test_pipeline_with_a_last_stage(tmp_path, calib):
     assert not [n for n in load_file(out / "model.safetensors") if n.endswith(LATENT)]
     log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
     assert log[-1]["kl_last_epoch"] < log[-1]["kl_first_epoch"]
+    assert log[-1]["seconds"] > 0 and log[-1]["peak_memory_gb"] > 0
 
 
 def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):

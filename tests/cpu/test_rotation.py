@@ -1,5 +1,7 @@
 """Hadamard matrices, rotated models, and the optimizer that learns rotations."""
 
+import json
+
 import pytest
 import torch
 from tiny_model import ARCHITECTURES, SIZES, edit_config, make_model, random_tokens
@@ -138,6 +140,8 @@ def test_config_of_the_checkpoint_is_untied(tmp_path, calib):
         samples=4, seq_len=24, epochs=0, rotation="hadamard", matrix="hadamard", diag=False
     )
     out = quantize(model, tmp_path / "q", recipe, str(calib), "cpu")
+    first = json.loads((out / "calibration_log.jsonl").read_text().splitlines()[0])
+    assert first["rotation"] == "hadamard" and first["seconds"] > 0 and first["peak_memory_gb"] > 0
     network = load_reference(out)
     assert not network.config.tie_word_embeddings
     assert network.lm_head.weight is not network.model.embed_tokens.weight

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from vllm_flatquant.calibration.meter import limit_memory, total_memory
 from vllm_flatquant.calibration.plan import plan_run
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import Recipe, make_recipe
@@ -43,8 +44,8 @@ SHAPES = {
 """Llama 3's, which share the rest."""
 
 
-def make_shape(folder: Path, shape: str, blocks: int) -> Path:
-    """A random bf16 Llama with real-sized blocks, written one tensor at a time in memory of one block."""
+def make_shape(folder: Path, shape: str, blocks: int, device: str = "cpu") -> Path:
+    """A random bf16 Llama with real-sized blocks, drawn on ``device`` and written block by block."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,7 +68,8 @@ def make_shape(folder: Path, shape: str, blocks: int) -> Path:
                 names[name] = torch.ones(shapes[name], dtype=torch.bfloat16)
             else:
                 scale = shapes[name][-1] ** -0.5
-                names[name] = torch.empty(shapes[name], dtype=torch.bfloat16).normal_(std=scale)
+                noise = torch.empty(shapes[name], dtype=torch.bfloat16, device=device)
+                names[name] = noise.normal_(std=scale).cpu()
         save_file(names, folder / file, metadata={"format": "pt"})
         index.update(dict.fromkeys(names, file))
         names.clear()
@@ -75,9 +77,14 @@ def make_shape(folder: Path, shape: str, blocks: int) -> Path:
     return folder
 
 
-def clock(device: str) -> Any:
+def clock(device: str, memory_gb: float | None) -> Any:
     """A clock that starts now. On the CPU, processor time of a single thread, which other work on the machine does
-    not lengthen; everything in this process then counts so."""
+    not lengthen; everything in this process then counts so. memory_gb: a GPU seems to have no more than this."""
+    if memory_gb:
+        import torch
+
+        where = torch.device(device)
+        limit_memory(where, memory_gb * 1e9 / total_memory(where))
     if device == "cpu":
         import torch
 
@@ -87,15 +94,19 @@ def clock(device: str) -> Any:
     return lambda: time.monotonic() - begun
 
 
-def make_estimate(model: Path, out: Path, recipe: Recipe, calib: str, device: str, found: Any) -> None:
+def make_estimate(
+    model: Path, out: Path, recipe: Recipe, calib: str, device: str, memory_gb: float | None, found: Any
+) -> None:
     """Put the plan as a dict into ``found``."""
-    clock(device)
+    clock(device, memory_gb)
     found.put(asdict(plan_run(model, out, recipe, calib, device)[0]))
 
 
-def make_run(model: Path, out: Path, recipe: Recipe, calib: str, device: str, found: Any) -> None:
+def make_run(
+    model: Path, out: Path, recipe: Recipe, calib: str, device: str, memory_gb: float | None, found: Any
+) -> None:
     """Quantize, and put the seconds that it took into ``found``."""
-    seconds = clock(device)
+    seconds = clock(device, memory_gb)
     quantize(model, out, recipe, calib, device)
     found.put(seconds())
 
@@ -112,17 +123,22 @@ def start(target: Any, *arguments: Any) -> Any:
 
 
 def compare(
-    model: Path, folder: Path, recipe: Recipe, calib: str, device: str = "cpu"
+    model: Path,
+    folder: Path,
+    recipe: Recipe,
+    calib: str,
+    device: str = "cpu",
+    memory_gb: float | None = None,
 ) -> dict[str, dict[str, float]]:
     """What was estimated for a run, and what was then measured: bytes of memory (resident) and disk, seconds (on
     the CPU processor time of one thread)."""
     found = multiprocessing.get_context("forkserver").Queue()
     out = folder / "out"
-    process = start(make_estimate, model, out, recipe, calib, device, found)
+    process = start(make_estimate, model, out, recipe, calib, device, memory_gb, found)
     plan = found.get(timeout=3600)
     process.join()
     memory = disk = 0
-    process = start(make_run, model, out, recipe, calib, device, found)
+    process = start(make_run, model, out, recipe, calib, device, memory_gb, found)
     while process.exitcode is None:
         memory = max(memory, resident(process.pid))
         disk = max(disk, stored(staging_folder(out)))
@@ -184,11 +200,12 @@ def real_sized(folder: Path, options: argparse.Namespace) -> dict[str, dict[str,
     """Random blocks of a real model's size."""
     import numpy as np
 
-    model = make_shape(folder / "model", options.shape, options.blocks)
+    model = make_shape(folder / "model", options.shape, options.blocks, options.device)
     ids = np.random.default_rng(0).integers(0, 128256, (options.samples, options.seq_len))
     np.save(folder / "calib.npy", ids)
     settings = {k: getattr(options, k) for k in ("samples", "seq_len", "epochs", "rounding")}
-    return compare(model, folder, make_recipe(**settings), str(folder / "calib.npy"), options.device)
+    calib, recipe = str(folder / "calib.npy"), make_recipe(**settings)
+    return compare(model, folder, recipe, calib, options.device, options.memory_gb)
 
 
 def main() -> int:
@@ -202,6 +219,7 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--rounding", default="rtn")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory-gb", type=float, help="as if the GPU had no more than this")
     parser.add_argument("--folder", type=Path, help="where to work [the system's temporary folder]")
     options, failed = parser.parse_args(), False
     work = {"example": example, "wide": wide}

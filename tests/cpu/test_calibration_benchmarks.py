@@ -1,0 +1,119 @@
+"""The scripts that measure the calibration: what fails or is cut off costs its own rows alone."""
+
+import csv
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_recipes import script
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny-llama"
+
+
+@pytest.fixture(autouse=True)
+def neighbours(monkeypatch):
+    """As Python does for a script: its own folder comes first."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def answer(job):
+    if job["do"] == "fail":
+        raise ValueError("no\nmore")
+    if job["do"] == "die":
+        os._exit(3)
+    if job["do"] == "sleep":
+        time.sleep(60)
+    return os.getpid()
+
+
+def jobs_of(*what):
+    return [{"stage": answer, "do": do} for do in what]
+
+
+def test_workers_outlive_what_a_job_breaks():
+    from workers import run_jobs
+
+    jobs = jobs_of("work", "fail", "work", "die", "work")
+    found = [(job["do"], result, error) for job, result, error in run_jobs(jobs, 1, float("inf"))]
+    assert [do for do, *_ in found] == ["work", "fail", "work", "die", "work"] and jobs == []
+    assert [error for *_, error in found] == [
+        None, "ValueError: no", None, "the process ended with status 3", None,
+    ]  # fmt: skip
+    assert found[0][1] != found[2][1] != found[4][1]  # an error replaces the process
+
+
+def test_workers_stop_at_the_deadline():
+    from workers import run_jobs
+
+    jobs, begin = jobs_of("sleep", "work"), time.monotonic()
+    assert list(run_jobs(jobs, 1, begin + 3)) == []
+    assert [job["do"] for job in jobs] == ["sleep", "work"] and time.monotonic() - begin < 20
+
+
+def test_comparison_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
+    accuracy = script(ROOT / "benchmarks" / "accuracy.py")
+    rows = [dict.fromkeys(accuracy.FIELDS, "1")]
+    jobs = [{"config": c, "seed": 0} for c in ("good", "bad", "late")]
+    monkeypatch.setattr(accuracy, "run_jobs", lambda *_: ((j, rows, None) for j in (jobs.pop(0),)))
+    out = tmp_path / "rows.csv"
+    assert accuracy.measure(jobs, 1, 0.0, out) is False
+    monkeypatch.setattr(accuracy, "run_jobs", lambda *_: ((j, None, "broke") for j in (jobs.pop(0),)))
+    assert accuracy.measure(jobs, 1, 0.0, out) is True
+    with out.open(newline="") as file:
+        assert list(csv.DictReader(file)) == rows
+    text = capsys.readouterr().out
+    assert "FAILED bad 0 broke" in text and "not done: late 0" in text
+
+
+def test_best_stands_for_the_settings_that_did_best(tmp_path):
+    ablation = script(ROOT / "benchmarks" / "ablation.py")
+    out = tmp_path / "rows.csv"
+    with out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["variant", "text", "perplexity"])
+        writer.writeheader()
+        for variant, text, figure in (
+            ("a,x=1;distill_epochs=1", "valid", 3.0), ("a,x=1;distill_epochs=1", "test", 9.0),
+            ("a,x=1;distill_epochs=2", "valid", 4.0), ("a,x=1;distill_epochs=2", "test", 1.0),
+            ("a,x=1;", "valid", 2.0), ("b;distill_epochs=3", "valid", 1.0),
+        ):  # fmt: skip
+            writer.writerow({"variant": variant, "text": text, "perplexity": figure})
+    assert ablation.best_for("c;best", "a,x=1;best", out, ["valid"]) == "c;distill_epochs=1"
+    assert ablation.best_for("c;best", "a,x=1;best", out, ["test"]) == "c;distill_epochs=2"
+    assert ablation.best_for("c;", "a,x=1;best", out, ["valid"]) == "c;"
+    with pytest.raises(SystemExit, match="no variant z;distill_epochs"):
+        ablation.best_for("c;best", "z;best", out, ["valid"])
+
+
+def test_ablation_keeps_what_is_done(tmp_path):
+    ablation = script(ROOT / "benchmarks" / "ablation.py")
+    args = SimpleNamespace(
+        model=str(TINY), calib="stdlib", text=[f"heldout={ROOT / 'examples' / 'heldout.txt'}"],
+        choose=["heldout"], variant=["w4a4;distill_epochs=1,distill_generated=4", "w4a4;"], once=["w4a16;"],
+        seeds=[0, 1], samples=2, seq_len=16, epochs=1, limit=2, device="cpu", jobs=1, out=tmp_path / "rows.csv",
+    )  # fmt: skip
+    stages = [job["stage"].__name__ for job in ablation.plan(args, tmp_path / "keep")]
+    blocks, last = "run_blocks", "run_last"
+    assert stages == [blocks, "run_generation", last, last, blocks, last, last, blocks, last]
+    done = tmp_path / "keep" / "tiny-llama-16-generated-9"  # more rows than are wanted
+    done.mkdir(parents=True)
+    (done / "seconds").write_text("1")
+    again = ablation.plan(args, tmp_path / "keep")
+    assert [job["stage"].__name__ for job in again].count("run_generation") == 0
+    assert again[1]["needs"][1] == done
+
+
+def test_speed_of_a_block(tmp_path, monkeypatch):
+    speed = script(ROOT / "benchmarks" / "calibration_speed.py")
+    out = tmp_path / "speed.csv"
+    options = ["--shape", "tiny", "--device", "cpu", "--out", str(out)]
+    options += [f"--set={s}" for s in ("samples=4", "seq_len=32", "epochs=10")]
+    monkeypatch.setattr(sys, "argv", ["calibration_speed.py", *options])
+    speed.main()
+    with out.open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["last_loss"]) < float(row["first_loss"]) and float(row["peak_memory_gb"]) > 0.05
+    assert float(row["block_seconds"]) > 0 and "train" in row["phases"] and row["tokens"] == "128"
