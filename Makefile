@@ -77,8 +77,8 @@ test-cpu: $(STAMP_DEV)
 test-interpret: $(STAMP_DEV)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpret --durations=10
 
-test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed package (PYTHON=, COMMIT=, GPU_CSV=)
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) .ci/gpu_tests.py --csv $(GPU_CSV) --commit $(COMMIT)
+test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed package (PYTHON=, COMMIT=, GPU_CSV=, GPU_ARGS=)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) .ci/gpu_tests.py --csv $(GPU_CSV) --commit $(COMMIT) $(GPU_ARGS)
 
 soak: $(STAMP_DEV) ## half an hour of clients, damaged files, killed runs and the documents' commands; adds rows to benchmarks/results/soak.csv
 	$(BIN)/python -m tests.soak.run

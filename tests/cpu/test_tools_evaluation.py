@@ -20,6 +20,7 @@ from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.tools.evaluation import default_dtype
 from vllm_flatquant.tools.protocols import evaluation_windows
+from vllm_flatquant.tools.served import small_cache
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -255,3 +256,12 @@ def test_tasks_of_lm_eval_on_both_backends(checkpoint, task_folder):
     card = ModelCard.load(checkpoint / "README.md")
     named = {(r.dataset_name, r.metric_name) for r in card.data.eval_results}
     assert {("tiny_choice", "acc"), ("tiny_text", "byte_perplexity")} <= named
+
+
+def test_an_engine_takes_little_of_a_gpu(monkeypatch):
+    """Two values for each of 5 layers, 4 heads of 32, of 4 bytes, for each token; on a CPU nothing is asked for."""
+    assert small_cache(TINY, 1000) == {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    options = small_cache(TINY, 1000)
+    assert options.pop("kv_cache_memory_bytes") == 2 * 5 * 4 * 32 * 4 * 1000
+    assert options == {"gpu_memory_utilization": 0.02}

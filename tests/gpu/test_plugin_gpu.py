@@ -1,17 +1,12 @@
 """The plugin on a CUDA GPU: layers of real vLLM models, and the engine, against the references."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from importlib.util import find_spec
 
 import pytest
 import torch
 
-pytest.importorskip("vllm")
-if not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+if find_spec("vllm") is None or not torch.cuda.is_available():
+    pytest.skip("needs vLLM and a CUDA GPU", allow_module_level=True)
 
 import vllm_flatquant
 from vllm_flatquant.calibration.reference import load_reference
@@ -20,8 +15,8 @@ from vllm_flatquant.sites import SITES
 
 from ..cpu.tiny_checkpoint import VOCAB, Recipe, write_checkpoint
 from ..cpu.vllm_model import load_model
+from . import engines
 
-vllm_flatquant.register()
 SCHEMES: dict[str, dict] = {
     "w4a4": {"bits": 4},
     "w4a8": {"bits": 8},
@@ -32,7 +27,6 @@ SCHEMES: dict[str, dict] = {
     "w8a8": {"bits": 8, "weight_bits": 8},
     "w8a16": {"bits": 16, "weight_bits": 8},
 }
-ROOT = Path(__file__).parents[2]
 # Two layers: two norms and one activation in each, and o_proj, which follows attention.
 FUSED_LINE = "4 RMSNorm and 2 SiLU*mul fused with the transform after them, 2 transforms on their own"
 
@@ -41,6 +35,7 @@ FUSED_LINE = "4 RMSNorm and 2 SiLU*mul fused with the transform after them, 2 tr
 @pytest.mark.parametrize("shards", [1, 2])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_layers_follow_the_references(tmp_path, scheme, shards, dtype):
+    vllm_flatquant.register()
     recipe = Recipe("Qwen2", **SCHEMES[scheme], shards=shards, dtype=dtype)
     write_checkpoint(tmp_path, recipe)
     if scheme == "w8a8" and shards > 1:
@@ -64,24 +59,11 @@ def test_layers_follow_the_references(tmp_path, scheme, shards, dtype):
 
 
 def run_engine(folder, prompts, **environment):
-    """Results and log of an engine in a process of its own, compiled and with CUDA graphs, from empty caches."""
-    out = folder / "out.json"
-    command = [sys.executable, str(ROOT / "tests/cpu/engine_script.py"), str(folder), str(out)]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    caches = {name: str(folder / name) for name in ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR")}
-    environment |= {"PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | caches
-    done = subprocess.run(
-        [*command, "--dtype=bfloat16", "--gpu-memory-utilization=0.05"],
-        input=json.dumps(prompts),
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    log = done.stdout + done.stderr
-    assert done.returncode == 0, log
+    """Results and log of an engine in one process, compiled and with CUDA graphs, from empty caches."""
+    env = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
+    results, log = engines.answers(folder, prompts, folder, env=env)
     assert "triton backend (CUDA device" in log
-    return json.loads(out.read_text(encoding="utf-8")), log
+    return results, log
 
 
 def random_prompts():

@@ -11,21 +11,23 @@ the error of that average is part of the assertion.
 
 import asyncio
 import gc
-import json
 import math
 import os
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
+from filelock import FileLock
 
-pytest.importorskip("vllm")
-CPU = os.environ.get("FLATQUANT_TEST_DEVICE") == "cpu"
-if not CPU and not torch.cuda.is_available():
-    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+from . import engines
+from .engines import CPU
+
+if find_spec("vllm") is None or not (CPU or torch.cuda.is_available()):
+    pytest.skip("needs vLLM and a CUDA GPU", allow_module_level=True)
 
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.quantize import quantize
@@ -35,7 +37,6 @@ from vllm_flatquant.tools.server import serve
 
 from ..soak import clients
 
-ROOT = Path(__file__).parents[2]
 WINDOW, ANSWER = 64, 8
 WINDOWS = {"w4a4": 8192, "w4a8": 1024, "w4a16": 1024}
 REQUESTS = {"w4a4": 10_000, "w4a8": 1000, "w4a16": 1000}
@@ -49,43 +50,26 @@ if CPU:
     REQUESTS = dict.fromkeys(REQUESTS, 60)
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """For child processes: this tree, and the plugin's entry point if it is not installed."""
-    folders = [str(ROOT)]
-    if not any(point.name == "flatquant" for point in entry_points(group="vllm.general_plugins")):
-        site = tmp_path_factory.mktemp("site")
-        info = site / "vllm_flatquant-0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-flatquant\nVersion: 0\n")
-        plugin = "[vllm.general_plugins]\nflatquant = vllm_flatquant:register\n"
-        (info / "entry_points.txt").write_text(plugin)
-        folders.append(str(site))
-    path = os.pathsep.join([*folders, *filter(None, [os.environ.get("PYTHONPATH")])])
-    return {"PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-
-
 @pytest.fixture(autouse=True)
 def leave_the_device_to_others():
     yield
     gc.collect()
-    torch.cuda.empty_cache()
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """A function from a scheme to its checkpoint; made once."""
-    made = {}
+@pytest.fixture(scope="session")
+def checkpoint(run_folder):
+    """A function from a scheme to its checkpoint; made once for all processes of the run."""
 
     def get(scheme):
         given = os.environ.get("FLATQUANT_TEST_CHECKPOINTS")
         if given:
             return Path(given) / scheme
-        if scheme not in made:
-            recipe = make_recipe(scheme=scheme, samples=16, seq_len=256, epochs=1, shards=2)
-            out = tmp_path_factory.mktemp("made") / scheme
-            made[scheme] = quantize(ROOT / "examples/tiny-llama", out, recipe, "stdlib", "auto")
-        return made[scheme]
+        out = run_folder / "checkpoints" / scheme
+        with FileLock(run_folder / f"{scheme}.lock"):
+            if not out.exists():  # quantize renames a finished folder to its name
+                recipe = make_recipe(scheme=scheme, samples=16, seq_len=256, epochs=1, shards=2)
+                quantize(engines.ROOT / "examples/tiny-llama", out, recipe, "stdlib", "auto")
+        return out
 
     return get
 
@@ -94,26 +78,6 @@ def checkpoint(tmp_path_factory):
 def reference_logprobs(model, rows):
     """Log-probabilities [rows, length, vocabulary] after each token of rows [rows, length]."""
     return model(rows.to(model.device), use_cache=False).logits.float().log_softmax(-1)
-
-
-def run_engine(folder, rows, environment, out, *options):
-    """Each row's greedy tokens and log-probabilities by an engine in a process of its own, and its log."""
-    done = subprocess.run(
-        [
-            *(sys.executable, str(ROOT / "tests/cpu/engine_script.py"), str(folder), str(out)),
-            *("--dtype=bfloat16", "--max-num-seqs=256", f"--max-tokens={ANSWER}", "--kv-cache-mib=512"),
-            "--gpu-memory-utilization=0.05",
-            *(options if not CPU else (*options, "--enforce-eager")),
-        ],
-        input=json.dumps(rows.tolist()),
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    return json.loads(out.read_text(encoding="utf-8")), done.stdout + done.stderr
 
 
 CASES = [
@@ -130,24 +94,25 @@ CASES = [
 
 @pytest.mark.parametrize(("scheme", "fusion", "ranks"), CASES)
 def test_perplexity_and_greedy_tokens_are_the_references(
-    tmp_path, checkpoint, environment, scheme, fusion, ranks
+    tmp_path, checkpoint, record_property, scheme, fusion, ranks
 ):
+    visible = engines.gpus(ranks)
     folder = checkpoint(scheme)
-    if ranks > 1:
-        if not CPU and torch.cuda.device_count() < ranks:
-            pytest.skip(f"needs {ranks} GPUs")
-        if read_spec(folder).shards % ranks:
-            pytest.skip(f"{folder} has no {ranks} shards")
-        environment = environment | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    if read_spec(folder).shards % ranks:
+        pytest.skip(f"{folder} has no {ranks} shards")
     rows = calibration_tokens("stdlib", folder, WINDOWS[scheme], WINDOW, seed=1)
-    answers, log = run_engine(
+    binding = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks > 1 else {}
+    answers, log = engines.answers(
         folder,
-        rows,
-        environment | {"VLLM_FLATQUANT_FUSION": fusion},
-        tmp_path / "out.json",
+        rows.tolist(),
+        tmp_path,
+        *("--max-num-seqs=256", f"--max-tokens={ANSWER}", "--kv-cache-mib=512"),
+        *("--options", '{"max_num_batched_tokens": 4096}'),  # of which each takes memory for its logits
         f"--tensor-parallel-size={ranks}",
+        env=visible | binding | {"VLLM_FLATQUANT_FUSION": fusion},
     )
     assert f"FlatQuant {scheme}: {'torch' if CPU else 'triton'} backend" in log
+    assert CPU or ("FlatQuant fusion" in log) == (fusion == "1" and scheme != "w4a16")
     print(*(line for line in log.splitlines() if "FlatQuant" in line), sep="\n")
 
     model = load_reference(folder, "cpu" if CPU else "cuda", torch.bfloat16)
@@ -167,10 +132,11 @@ def test_perplexity_and_greedy_tokens_are_the_references(
     relative = math.expm1(difference.mean().item())
     error = (difference.std() / len(difference) ** 0.5).item()
     share = changed / greedy.numel()
-    print(
-        f"{scheme} fusion {fusion} TP {ranks}: perplexity {loss.mean().exp():.4f}, served {relative:+.4%} "
-        f"(standard error {error:.4%}) on {loss.numel()} tokens; best token differs at {share:.2%} of "
-        f"{greedy.numel()}, largest lead {max(leads, default=0):.3f}"
+    record_property(
+        f"{scheme} fusion {fusion} TP {ranks}",
+        f"perplexity {loss.mean().exp():.4f}, served {relative:+.4%} (standard error {error:.4%}) on "
+        f"{loss.numel()} tokens; best token differs at {share:.2%} of {greedy.numel()}, largest lead "
+        f"{max(leads, default=0):.3f}",
     )
     # No more than 0.1% off, as far as this many tokens can tell; and they must be able to.
     assert abs(relative) <= 1e-3 + 2 * error
@@ -180,32 +146,37 @@ def test_perplexity_and_greedy_tokens_are_the_references(
 
 
 @pytest.mark.parametrize("scheme", WINDOWS)
-def test_verify_passes(checkpoint, environment, scheme):
-    done = subprocess.run(
-        [sys.executable, "-m", "vllm_flatquant.cli", "inspect", str(checkpoint(scheme)), "--verify"],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
-    lines = [line for line in done.stdout.splitlines() if line.startswith("verify ")]
-    print(*lines, sep="\n")
+def test_verify_passes(tmp_path, checkpoint, record_property, scheme):
+    command = [
+        sys.executable,
+        "-m",
+        "vllm_flatquant.cli",
+        "inspect",
+        str(checkpoint(scheme)),
+        "--verify",
+    ]
+    out, _ = engines.run(command, engines.environment(tmp_path), 300)
+    lines = [line for line in out.splitlines() if line.startswith("verify ")]
+    record_property(scheme, "; ".join(lines))
     assert [line.split(",")[0] for line in lines] == ["verify reference: ok", "verify vllm: ok"]
 
 
-def device_bytes():
-    """Memory in use on the first GPU, by all processes; nothing without one."""
+def memory(pid):
+    """Bytes that process ``pid`` and its descendants have of the machine's memory and, if the driver tells, of GPUs."""
+    resident = clients.resident_bytes(pid)
     if CPU:
-        return {}
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    done = subprocess.run(query, capture_output=True, text=True, check=True)
-    return {"device_bytes": float(done.stdout.splitlines()[0]) * 2**20}
+        return resident
+    query = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    parent = psutil.Process(pid)
+    family = {str(process.pid) for process in (parent, *parent.children(recursive=True))}
+    used = [row.split(", ") for row in found.splitlines()]
+    own = [float(mib) * 2**20 for process, mib in used if process in family and mib.isdigit()]
+    return resident | ({"device_bytes": sum(own)} if own else {})
 
 
 @pytest.mark.parametrize("scheme", WINDOWS)
-def test_server_under_mixed_requests(tmp_path, checkpoint, environment, scheme):
+def test_server_under_mixed_requests(tmp_path, checkpoint, record_property, scheme):
     """Answers alone are the reference's; 64 clients that cancel, disconnect and err then get the same ones."""
     folder = checkpoint(scheme)
     model = load_reference(folder, "cpu" if CPU else "cuda", torch.bfloat16)
@@ -213,9 +184,10 @@ def test_server_under_mixed_requests(tmp_path, checkpoint, environment, scheme):
     longest = min(1000, context - 24)
     prompts = clients.random_prompts(16 if CPU else 64, model.config.vocab_size, longest)
     options = ["--served-model-name", "m", "--dtype", "bfloat16", "--max-num-seqs", "64"]
-    options += ["--max-model-len", str(context), "--gpu-memory-utilization", "0.05"]
+    options += ["--max-model-len", str(context), *engines.SMALL]
     options += ["--enforce-eager"] if CPU else ["--kv-cache-memory-bytes", str(1 << 30)]
-    with serve(folder, *options, log=tmp_path / "log", timeout=300, env=environment) as server:
+    env = engines.environment(tmp_path)
+    with serve(folder, *options, log=tmp_path / "log", timeout=300, env=env) as server:
 
         async def soak():
             client = clients.connect(server.address)
@@ -228,11 +200,12 @@ def test_server_under_mixed_requests(tmp_path, checkpoint, environment, scheme):
                 clients=64,
                 delta=DELTA[scheme],
                 too_long=context + 1,
-                watch=lambda: clients.resident_bytes(server.pid) | device_bytes(),
+                watch=lambda: memory(server.pid),
+                every=0.2,
             )
 
         references, report = asyncio.run(soak())
-        print(f"{scheme}: {report.summary()}")
+        record_property(scheme, report.summary())
         assert report.wrong == []
         assert report.errors == []
         assert sum(report.done.values()) == REQUESTS[scheme]
@@ -244,12 +217,17 @@ def test_server_under_mixed_requests(tmp_path, checkpoint, environment, scheme):
         top = reference_logprobs(model, ids)[0, len(reference.prompt) - 1 : -1].cpu().topk(2)
         differs = top.indices[:, 0] != torch.tensor(reference.tokens)
         leads += (top.values[:, 0] - top.values[:, 1])[differs].tolist()
-    print(
-        f"{scheme}: {len(leads)} tokens are not the reference's best, largest lead {max(leads, default=0):.3f}"
-    )
-    assert max(leads, default=0) <= DELTA[scheme]
+    lead = max(leads, default=0)
+    record_property(scheme, f"{len(leads)} tokens are not the reference's best, largest lead {lead:.3f}")
+    assert lead <= DELTA[scheme]
     if not CPU:  # a CPU trial is too short to tell
         for name, most in (("resident_bytes", 256 * 2**20), ("device_bytes", 64 * 2**20)):
-            grown = clients.growth(report.samples, name)
-            print(f"{scheme}: {name} grew by {grown / 2**20:+.1f} MiB")
+            samples = [sample for sample in report.samples if name in sample]
+            if name == "device_bytes" and not samples:
+                record_property(
+                    scheme, "GPU memory not measured: nvidia-smi lists no process of the server"
+                )
+                continue
+            grown = clients.growth(samples, name)
+            record_property(scheme, f"{name} grew by {grown / 2**20:+.1f} MiB")
             assert grown < most

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..calibration.errors import UserError
+from ..calibration.source import load_config
 
 engines_started = 0
 """In this process; the command line leaves differently after one."""
@@ -52,14 +53,16 @@ def prompt_logprobs(
     from vllm import LLM, SamplingParams
 
     length = len(rows[0])
+    batch = max(2048, length + 1)
     engine = LLM(
         model=str(model),
         dtype=dtype,  # type: ignore[arg-type]
         max_model_len=length + 1,
-        max_num_batched_tokens=max(2048, length + 1),
+        max_num_batched_tokens=batch,
         max_logprobs=max(20, top),
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
+        **small_cache(Path(model), 4 * batch),
     )
     params = SamplingParams(
         max_tokens=1, temperature=0, prompt_logprobs=top, logprobs=top, detokenize=False
@@ -73,6 +76,22 @@ def prompt_logprobs(
     core: Any = engine.llm_engine.engine_core
     core.shutdown()
     return found
+
+
+def small_cache(folder: Path, tokens: int) -> dict[str, Any]:
+    """Options for a KV cache of ``tokens`` tokens on a GPU, which others may be using: by default vLLM wants nearly
+    all of its memory, and that nobody frees any while it starts."""
+    if not torch.cuda.is_available():
+        return {}
+    config: Any = load_config(folder)
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = 2 * config.num_hidden_layers * kv_heads * head_dim * 4 * tokens  # of up to 4 bytes each
+    return {
+        "kv_cache_memory_bytes": size,
+        "gpu_memory_utilization": 0.02,
+    }  # the latter: free at the start
 
 
 def token_losses_vllm(model: str | Path, rows: Tensor, dtype: str = "float32") -> Tensor:
