@@ -5,7 +5,7 @@ checkpoints are those in the folders w4a4, w4a8 and w4a16 of FLATQUANT_TEST_CHEC
 two ranks), or else the example model, quantized here. FLATQUANT_TEST_DEVICE=cpu tries the tests themselves.
 
 In bf16 every sum in another order can move codes, and what follows: with 4-bit activations the loss of a token
-moves by about 0.5 nat at random and a best token can change that led by 3 nats. So many windows are averaged, and
+moves by about 0.5 nat at random and a best token can change that led by almost 4 nats. So many windows are averaged, and
 the error of that average is part of the assertion.
 """
 
@@ -38,13 +38,14 @@ from vllm_flatquant.tools.server import serve
 from ..soak import clients
 
 WINDOW, ANSWER = 64, 8
-WINDOWS = {"w4a4": 8192, "w4a8": 1024, "w4a16": 1024}
+WINDOWS = {"w4a4": 16384, "w4a8": 1024, "w4a16": 1024}
 REQUESTS = {"w4a4": 10_000, "w4a8": 1000, "w4a16": 1000}
-DELTA = {"w4a4": 4.0, "w4a8": 0.5, "w4a16": 0.25}
-"""Nats by which a best token must lead for another engine to have to agree. Measured between bf16 and float32 on
-the example model, the largest lead of a token that changed: 3.0, 0.18 and 0.12 of 25,600 tokens."""
+DELTA = {"w4a4": 5.0, "w4a8": 0.5, "w4a16": 0.25}
+"""Nats by which a best token must lead for another engine to have to agree. Measured between bf16 and float32, the
+largest lead of a token that changed: 3.3, 0.18 and 0.12 on the example model, 3.7, 0.30 and 0.15 on one of 12M
+parameters (of 25,600 to 36,900 tokens; at 4 bits such leads become rarer by a factor of e each 0.25 nat)."""
 DISAGREE = {"w4a4": 0.3, "w4a8": 0.04, "w4a16": 0.03}
-"""Largest share of tokens whose best one may differ; measured likewise: 0.20, 0.019 and 0.012."""
+"""Largest share of tokens whose best one may differ; measured likewise: 0.20, 0.019 and 0.012; 0.22, 0.019, 0.013."""
 if CPU:
     WINDOWS = dict.fromkeys(WINDOWS, 24)
     REQUESTS = dict.fromkeys(REQUESTS, 60)
