@@ -5,7 +5,9 @@ Importing this works without Triton and without a GPU; the references then still
 
 import inspect
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,8 @@ except ImportError:  # the decorators and annotations below must still evaluate
 
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 _LIBRARY = torch.library.Library("flatquant", "FRAGMENT")
+OPERATORS: dict[str, dict[str, Callable[..., Any]]] = {}
+"""Name -> what ``register`` was given: the functions "cuda", "cpu" and "fake"."""
 
 
 def register(
@@ -36,6 +40,7 @@ def register(
     if hasattr(torch.ops.flatquant, name):
         return
     assert inspect.signature(on_cuda).parameters.keys() == inspect.signature(on_cpu).parameters.keys()
+    OPERATORS[name] = {"cuda": on_cuda, "cpu": on_cpu, "fake": fake}
     _LIBRARY.define(name + torch.library.infer_schema(on_cuda, mutates_args=()))
     _LIBRARY.impl(name, on_cuda if HAS_TRITON else _no_triton, "CUDA")
     _LIBRARY.impl(name, on_cpu, "CPU")
@@ -59,14 +64,16 @@ def multiprocessors(device: torch.device) -> int:
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
+_PERSISTENT: list[torch.Tensor] = []
+_local = threading.local()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
-    """``kernel[grid](*args, **meta)`` at a tenth of its time on the host, once that variant is compiled.
+    """``kernel[grid](*args, **meta)``, with less work on the host once that variant is compiled.
 
     args: what the kernel takes when it runs. meta: its compile-time arguments, which come after those in its
     signature, and Triton's options; hashable. A prefill has no CUDA graph, so that a step of it on a fast
-    GPU would else wait for the host: docs/decisions.md.
+    GPU can have to wait for the host: docs/decisions.md.
     """
     if INTERPRET:
         kernel[grid](*args, **meta)
@@ -75,10 +82,43 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     found = _COMPILED.get(key)
     if found is None:
         compiled = kernel[grid](*args, **meta)
-        _COMPILED[key] = compiled, [meta[name] for name in kernel.arg_names[len(args) :]]
+        found = compiled, [meta[name] for name in kernel.arg_names[len(args) :]]
+        _COMPILED[key] = found
     else:
-        compiled, constants = found
-        compiled[(*grid, 1, 1)](*args, *constants)
+        found[0][(*grid, 1, 1)](*args, *found[1])
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.launched(found[0], grid, [*args, *found[1]])
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """``torch.empty``: where an operator gets the memory of its results and of what lies between its kernels."""
+    made = torch.empty(shape, dtype=dtype, device=device)
+    recorder = getattr(_local, "recorder", None)
+    if recorder is not None:
+        recorder.allocated(made)
+    return made
+
+
+def persistent(tensor: torch.Tensor) -> torch.Tensor:
+    """Say that ``tensor`` stays where it is as long as the process lives."""
+    _PERSISTENT.append(tensor)
+    return tensor
+
+
+def is_persistent(address: int) -> bool:
+    """Whether ``address`` lies in such a tensor."""
+    return any(0 <= address - x.data_ptr() < x.numel() * x.element_size() for x in _PERSISTENT)
+
+
+@contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Tell ``recorder`` of every ``launch`` and ``empty`` of this thread."""
+    _local.recorder = recorder
+    try:
+        yield
+    finally:
+        _local.recorder = None
 
 
 def _specialization(argument: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, hopper, launch, multiprocessors, register, tl, triton
+from .jit import INTERPRET, empty, hopper, launch, multiprocessors, register, tl, triton
 
 
 @triton.jit
@@ -276,7 +276,7 @@ def empty_codes(t: int, k: int, device: torch.device) -> Tensor:
 
     A bulk load that reaches past its array is slow, one that reads bytes nobody uses is not.
     """
-    codes = torch.empty(-(-t // 128) * 128, k, dtype=torch.int8, device=device)
+    codes = empty((-(-t // 128) * 128, k), torch.int8, device)
     return codes[:t] if t % 128 else codes
 
 
@@ -294,7 +294,7 @@ def kron_triton(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     if not fused(x, k, left, right, some.shape[0]):
         return kron_ref(x, left, right)
     p = plan(x, k, left, right, some.shape[0], "kron")
-    out = torch.empty(t, k, dtype=x.dtype, device=x.device)
+    out = empty((t, k), x.dtype, x.device)
     if t:
         launch(
             _kron_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(), out,

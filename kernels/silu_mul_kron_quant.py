@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import launch, register, tl, triton
+from .jit import empty, launch, register, tl, triton
 from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
@@ -99,7 +99,7 @@ def silu_mul_kron_quant_triton(
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
     p = plan(x, k, left, right, shards, "silu")
     codes = empty_codes(t, k, x.device)
-    scale = torch.empty(t, shards, dtype=torch.float32, device=x.device)
+    scale = empty((t, shards), torch.float32, x.device)
     if t:
         launch(
             _silu_mul_kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),

@@ -15,7 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, hopper, launch, register, tl, triton
+from .jit import INTERPRET, empty, hopper, launch, register, tl, triton
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
 
@@ -202,7 +202,7 @@ def _w4_gemm_cuda(
     _check(codes, scale, weight, weight_scale, bias)
     t, k = codes.shape
     n = weight.shape[1]
-    out = torch.empty(t, n, dtype=out_dtype, device=codes.device)
+    out = empty((t, n), out_dtype, codes.device)
     if t:
         codes, scale = codes.contiguous(), scale.contiguous()
         tile = _tile(codes.device, t, n, k, scale.shape[1])

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .jit import launch, multiprocessors
+from .jit import empty, launch, multiprocessors, persistent
 from .tiles import Tile
 
 # Triton 3.6 to 3.9: the names changed, the operations did not.
@@ -263,7 +263,7 @@ def w4_gemm_hopper(
     partial = count = weight_scale
     if tile.split > 1:
         size = tiles * tile.split * tile.bm * tile.bn
-        partial = torch.empty(size, dtype=torch.int32, device=codes.device)
+        partial = empty((size,), torch.int32, codes.device)
         count = _counters(codes.device, tiles)
     programs = multiprocessors(codes.device) * tile.ctas
     launch(
@@ -291,7 +291,7 @@ def _counters(device: torch.device, tiles: int) -> Tensor:
     if device not in _COUNTERS:
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError("flatquant: run w4_gemm once before capturing it in a CUDA graph")
-        _COUNTERS[device] = torch.zeros(_SETS, _TILES, dtype=torch.int32, device=device)
+        _COUNTERS[device] = persistent(torch.zeros(_SETS, _TILES, dtype=torch.int32, device=device))
     _turn = (_turn + 1) % _SETS
     return _COUNTERS[device][_turn]
 

@@ -4,6 +4,8 @@
     fused_add_rms_norm, kron_quant   -> rmsnorm_kron_quant, with the residual
     silu(gate) * up, kron_quant      -> silu_mul_kron_quant
 
+and then operators of ours that follow each other become one call (``chaining.py``).
+
 A pass over the post-grad graph of the compiler, in vLLM's public slot for one, so that its ``uuid`` is in
 every cache key. It looks at the producer of each transform's input and leaves alone what it does not know:
 a value with a second consumer, another activation, a norm over a part of its input, a norm in fp16 (the
@@ -22,6 +24,7 @@ import torch
 from torch import fx
 
 from . import _compat
+from .chaining import chain_operators
 from .errors import UnsupportedError
 from .kernels.kron_quant import kron_quant  # noqa: F401 (defines the op that is looked for)
 from .kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
@@ -70,7 +73,9 @@ def active(backend: str, bits: int) -> bool:
 
 def install() -> None:
     """Add the pass to the run that is being built. Idempotent."""
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    here = Path(__file__)
+    sources = here.read_bytes() + here.with_name("chaining.py").read_bytes()
+    source = hashlib.sha256(sources).hexdigest()
     _compat.add_graph_pass(_run, f"flatquant-{source}")
     _compat.watch_pieces(_tally.piece)
 
@@ -323,3 +328,4 @@ _tally = _Tally()
 
 def _run(graph: fx.Graph) -> None:
     _tally.add(fuse(graph))
+    chain_operators(graph)

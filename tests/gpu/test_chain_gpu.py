@@ -1,0 +1,80 @@
+"""A chain of operators on the GPU: bit for bit its operators, recorded, replayed and in a CUDA graph."""
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
+from vllm_flatquant.chaining import chain_operators
+from vllm_flatquant.kernels.chain import _program
+from vllm_flatquant.kernels.pack import pack_device
+
+OPS = torch.ops.flatquant
+HIDDEN, WIDE = 1024, 3584
+TOKENS = (1, 3, 17, 64, 129, 257, 2048)
+
+
+def decoder(x, residual, norm, heads, left, right, wide_left, wide_right, clip, o, o_scale, gate_up, gate_up_scale,
+            down, down_scale):  # fmt: skip
+    """From attention's output to the next norm's residual, as a layer of a served model has it."""
+    dtype = x.dtype
+    codes, scale = OPS.kron_quant(x, heads, None, clip, 4)
+    y = OPS.w4_gemm(codes, scale, o, o_scale, None, dtype)
+    codes, scale, total = OPS.rmsnorm_kron_quant(y, residual, norm, 1e-5, left, right, clip, 4)
+    y = OPS.w4_gemm(codes, scale, gate_up, gate_up_scale, None, dtype)
+    codes, scale = OPS.silu_mul_kron_quant(y, wide_left, wide_right, clip, 4)
+    y = OPS.w4_gemm(codes, scale, down, down_scale, None, dtype)
+    codes, scale, total = OPS.rmsnorm_kron_quant(y, total, norm, 1e-5, left, right, clip, 4)
+    return OPS.w4_gemm(codes, scale, o, o_scale, None, dtype), total
+
+
+def weights(seed, dtype):
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def factor(n):
+        return torch.linalg.qr(torch.randn(n, n, device="cuda", generator=generator))[0][None].to(dtype)
+
+    def packed(n, k):
+        codes = torch.randint(-8, 8, (n, k), device="cuda", dtype=torch.int8, generator=generator)
+        return pack_device(codes, 1), torch.rand(n, 1, device="cuda", generator=generator) / k
+
+    return [
+        torch.rand(HIDDEN, device="cuda", generator=generator).to(dtype),
+        *[factor(n) for n in (8, 32, 32, 28, 128)],
+        torch.tensor([0.9], device="cuda"),
+        *packed(HIDDEN, HIDDEN),
+        *packed(2 * WIDE, HIDDEN),
+        *packed(HIDDEN, WIDE),
+    ]
+
+
+def activations(tokens, dtype):
+    return [torch.randn(tokens, HIDDEN, device="cuda").to(dtype) for _ in range(2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chain_is_its_operators(dtype):
+    layers = [weights(seed, dtype) for seed in range(2)]
+    for tokens in TOKENS:
+        module = make_fx(decoder, tracing_mode="fake")(*activations(tokens, dtype), *layers[0])
+        assert chain_operators(module.graph) == 8
+        module.recompile()
+        text = next(n.args[1] for n in module.graph.nodes if "chain" in str(n.target))
+        recordings = _program(text).recordings
+        for turn in range(6):  # layers take turns, tensors move
+            inputs = [*activations(tokens, dtype), *layers[turn % 2]]
+            expected = decoder(*inputs)
+            for actual, wanted in zip(module(*inputs), expected, strict=True):
+                assert torch.equal(actual, wanted), f"{tokens} tokens, turn {turn}"
+            assert len(recordings) == 1 and None not in recordings.values()
+        static = [x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = module(*static)
+        for x in static[:2]:
+            x.normal_()
+        graph.replay()
+        for actual, wanted in zip(results, decoder(*static), strict=True):
+            assert torch.equal(actual, wanted)
