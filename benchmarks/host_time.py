@@ -33,7 +33,7 @@ def calls(t: int) -> dict[str, Callable[[], object]]:
     def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device="cuda").to(dtype)
 
-    x, gate_up, norm, clip = (
+    x, packed, norm, clip = (
         random(t, 4096),
         random(t, 28672),
         random(4096),
