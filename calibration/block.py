@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.quantize import fake_quant_kv_ref
+from ..sites import SITE_NAMES
 from .architectures import Architecture
 from .errors import UserError
 from .factors import factor_pair
@@ -183,7 +184,7 @@ class TrainableBlock(nn.Module):
         self.value = Value(matrix, self.site("o"), heads)
         self.kv = KVTransform(head_dim, recipe, generator)
         self.linears = nn.ModuleDict()
-        for group, site_name in zip(arch.groups, ("qkv", "o", "gate_up", "down"), strict=True):
+        for group, site_name in zip(arch.groups, SITE_NAMES, strict=True):
             for name in group:
                 linear = TrainableLinear(linears[name], self.site(site_name), recipe)
                 self.linears[name.replace(".", "/")] = linear

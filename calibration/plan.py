@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from ..spec import FlatQuantSpec
-from .data import calibration_tokens
-from .endtoend import check_memory, memory_needed
+from .endtoend import memory_needed
 from .errors import UserError
 from .export import TENSORS, WHOLE_BYTES
 from .fingerprint import scan_weights
 from .golden import head_name
 from .head import HEAD
 from .meter import Meter, peak_process, reset_peaks
-from .quantize import choose_device, make_spec, stream_device
+from .quantize import check_inputs, choose_device, stream_device
 from .quantize_block import ERROR_ROWS, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import hadamard_rotation, rotated
 from .source import SIDE_FILES, ModelSource
-from .staging import check_out, sync
+from .staging import sync
 from .steps import EAGER_STEPS
 from .streams import FULL, new_stream, record_inputs
 
@@ -84,16 +83,12 @@ def plan_run(
     fraction), and one block is tried. Raises UserError as the run would.
     """
     where = choose_device(device)
-    source = ModelSource(model)
-    check_out(Path(out).resolve(), True, source.path)
-    spec = make_spec(source, recipe)
-    tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
-    if recipe.distill_epochs:
-        check_memory(source, recipe, where)
+    out = Path(out).resolve()
+    source, spec, tokens = check_inputs(model, out, recipe, calib, where, overwrite=True)
     start = time.monotonic()
     scan_weights(source.files.shards, {}, on_check)
     checked = time.monotonic() - start
-    folder = nearest_folder(Path(out).resolve().parent)
+    folder = nearest_folder(out.parent)
     if recipe.rotation != "none":  # learned ones cost the same when they are applied
         source = rotated(source, hadamard_rotation(source, recipe.seed), where)
     try:

@@ -174,13 +174,7 @@ def quantize(
         check_recipe(out, before.recipe, recipe)
     else:
         check_out(out, overwrite)
-    source = ModelSource(model)
-    text = [Path(calib)] if Path(calib).is_file() else []
-    check_out(out, overwrite or resume, source.path, *text)
-    spec = make_spec(source, recipe)
-    tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
-    if recipe.distill_epochs:
-        check_memory(source, recipe, where)  # now, not after all blocks
+    source, spec, tokens = check_inputs(model, out, recipe, calib, where, overwrite or resume)
     with parallel.group(where), Staging(out) as staging, explained(out, staging):
         if parallel.is_writer():
             run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
@@ -194,6 +188,21 @@ def quantize(
         if parallel.is_writer():
             staging.remove() if published else staging.publish(run.overwrite)
     return out
+
+
+def check_inputs(
+    model: str | Path, out: Path, recipe: Recipe, calib: str, device: torch.device, overwrite: bool
+) -> tuple[ModelSource, FlatQuantSpec, Tensor]:
+    """The model, the spec of its checkpoint and the calibration rows int64 [N, T], after every check that needs
+    none of the weights. Arguments as ``quantize``. Raises UserError."""
+    source = ModelSource(model)
+    text = [Path(calib)] if Path(calib).is_file() else []
+    check_out(out, overwrite, source.path, *text)
+    spec = make_spec(source, recipe)
+    tokens = calibration_tokens(calib, source.path, recipe.samples, recipe.seq_len, recipe.seed)
+    if recipe.distill_epochs:
+        check_memory(source, recipe, device)  # now, not after all blocks
+    return source, spec, tokens
 
 
 def describe_run(

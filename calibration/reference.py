@@ -15,6 +15,7 @@ from ..kernels.kron_quant import kron_quant_ref
 from ..kernels.pack import unpack_codes
 from ..kernels.quantize import dequantize_weight_ref, fake_quant_kv_ref
 from ..kernels.w4_gemm import w4_gemm_ref
+from ..sites import SITE_NAMES
 from ..spec import FlatQuantSpec, SpecError, parse_spec
 from .architectures import Architecture, find_architecture
 from .block import set_submodule
@@ -29,8 +30,6 @@ from .source import (
     read_config,
     resolve_folder,
 )
-
-SITES = ("qkv", "o", "gate_up", "down")
 
 
 class ReferenceSite(nn.Module):
@@ -159,7 +158,7 @@ def install_block(
     weights = weights or {}
     owner = {"qkv": arch.attention, "o": arch.attention, "gate_up": arch.mlp, "down": arch.mlp}
     sites, quantized = {}, []
-    for group, name in zip(arch.groups, SITES, strict=True):
+    for group, name in zip(arch.groups, SITE_NAMES, strict=True):
         if f"{group[0]}.weight" in tensors:
             continue
         prefix = f"{owner[name]}.{name}_transform"
@@ -203,6 +202,14 @@ def read_spec(path: Path) -> FlatQuantSpec | None:
         return parse_spec(config)
     except SpecError as error:
         raise UserError(f"{path}/config.json: {error}") from None
+
+
+def quantized_spec(path: Path) -> FlatQuantSpec:
+    """The spec of a checkpoint folder; UserError also for an unquantized model."""
+    spec = read_spec(path)
+    if spec is None:
+        raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
+    return spec
 
 
 def load_reference(

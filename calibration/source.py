@@ -73,8 +73,7 @@ class ModelSource:
     @property
     def head_dim(self) -> int:
         """Width of an attention head."""
-        given = getattr(self.config, "head_dim", None)
-        return given or self.config.hidden_size // self.config.num_attention_heads
+        return head_size(self.config)
 
     def block_prefix(self, index: int) -> str:
         """``model.layers.N.``"""
@@ -235,13 +234,18 @@ def read_config(path: Path) -> dict[str, Any]:
     file = folder_file(path, "config.json")
     if not file.exists():
         raise UserError(f"{path} has no config.json; give the folder of a Hugging Face model")
+    return read_json(file)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object of a JSON file; UserError if it holds anything else."""
     try:
-        config = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}); download it again") from None
-    if not isinstance(config, dict):
+        raise UserError(f"{file} is not valid JSON ({first_line(error)}); download it again") from None
+    if not isinstance(found, dict):
         raise UserError(f"{file} is not a JSON object; download it again")
-    return config
+    return found
 
 
 def load_config(path: Path) -> PreTrainedConfig:

@@ -1,6 +1,7 @@
 """Everything of vLLM that is private or differs between versions 0.26 and 0.33; nothing else may import it."""
 
 import functools
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -129,35 +130,48 @@ def add_graph_pass(run: Callable[[fx.Graph], None], identity: str) -> None:
     options[current_platform.pass_key] = ours
 
 
+def _wrap(module: str, owner: str, method: str) -> Callable[[Callable[..., Any]], None]:
+    """Decorator: calls of a method of vLLM become ``wrapper(original, self, ...)``. Idempotent; does nothing where
+    vLLM has no such method."""
+
+    def install(wrapper: Callable[..., Any]) -> None:
+        try:
+            cls: Any = getattr(importlib.import_module(module), owner)
+            original = getattr(cls, method)
+        except (ImportError, AttributeError):
+            return
+        if getattr(original, "_flatquant", False):
+            return
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            return wrapper(original, *args, **kwargs)
+
+        cast(Any, wrapped)._flatquant = True
+        setattr(cls, method, wrapped)
+
+    return install
+
+
 def watch_pieces(watch: Callable[[str, Any, bool, bool], None]) -> None:
     """Call ``watch(tokens, artifact, first, last)`` after each piece of a graph is compiled. Idempotent.
 
     tokens: the range of token counts that the piece is for. The method that is wrapped may change: then
     nothing is called, and only a log line is lost.
     """
-    try:
-        from vllm.compilation.backends import CompilerManager
-
-        original = CompilerManager.compile
-        signature = inspect.signature(original)
-    except (ImportError, AttributeError):
-        return
     names = ("compile_range", "graph_index", "num_graphs")
-    if getattr(original, "_flatquant", False) or not set(names) <= signature.parameters.keys():
-        return
 
-    @functools.wraps(original)
-    def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @_wrap("vllm.compilation.backends", "CompilerManager", "compile")
+    def compile(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         artifact = original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+        bound = inspect.signature(original).bind(self, *args, **kwargs)
         bound.apply_defaults()
+        if not set(names) <= bound.arguments.keys():
+            return artifact
         tokens, index, count = (bound.arguments[name] for name in names)
         start, end = getattr(tokens, "start", "?"), getattr(tokens, "end", "?")
         watch(f"{start} to {end}", artifact, index == 0, index == count - 1)
         return artifact
-
-    cast(Any, compile)._flatquant = True
-    cast(Any, CompilerManager).compile = compile
 
 
 def is_cpu() -> bool:
@@ -204,17 +218,9 @@ def check_engine_arguments(config_class: Any) -> None:
     Without this vLLM builds a first layer in a worker process before our checks run. The method it
     wraps may change its name: then the checks in the worker remain.
     """
-    try:
-        from vllm.engine.arg_utils import EngineArgs
 
-        original = EngineArgs.create_engine_config
-    except (ImportError, AttributeError):
-        return
-    if getattr(original, "_flatquant", False):
-        return
-
-    @functools.wraps(original)
-    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+    @_wrap("vllm.engine.arg_utils", "EngineArgs", "create_engine_config")
+    def create_engine_config(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             vllm_config = original(self, *args, **kwargs)
             if isinstance(vllm_config.quant_config, config_class):
@@ -234,9 +240,6 @@ def check_engine_arguments(config_class: Any) -> None:
             if Path(sys.argv[0]).name == "vllm":  # a sentence for the command line, not a traceback
                 sys.exit(f"vllm: error: {ours}")
             raise ours from None
-
-    cast(Any, create_engine_config)._flatquant = True
-    cast(Any, EngineArgs).create_engine_config = create_engine_config
 
 
 _OURS = (UnsupportedError, CheckpointError, SpecError)
@@ -259,25 +262,18 @@ def name_missing_tensors() -> None:
 
     Without this a missing tensor is an error as well, in terms of vLLM's parameters.
     """
-    try:
-        from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 
-        original = DefaultModelLoader.track_weights_loading
-    except (ImportError, AttributeError):
-        return
-    if getattr(original, "_flatquant", False):
-        return
-
-    @functools.wraps(original)
-    def track_weights_loading(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    @_wrap(
+        "vllm.model_executor.model_loader.default_loader", "DefaultModelLoader", "track_weights_loading"
+    )
+    def track_weights_loading(
+        original: Any, self: Any, model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
         for module in model.modules():
             check = getattr(getattr(module, "quant_method", None), "check_loaded", None)
             if check is not None:
                 check(module)
         return original(self, model, *args, **kwargs)
-
-    cast(Any, track_weights_loading)._flatquant = True
-    cast(Any, DefaultModelLoader).track_weights_loading = track_weights_loading
 
 
 def _track_other_weights(load_config: Any) -> None:

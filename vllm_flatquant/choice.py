@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 MIN_CAPABILITY = 80
 
 
@@ -11,6 +13,14 @@ class Choice:
 
     name: str
     reason: str
+
+
+def cuda_capability() -> int | None:
+    """Compute capability of PyTorch's current CUDA device as 80, 90, ...; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
 
 
 def choose_backend(capability: int | None) -> Choice:

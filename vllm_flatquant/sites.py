@@ -34,6 +34,8 @@ SITES = (
     Site("down", "mlp.down_proj", ("down_proj",), True),
 )
 
+SITE_NAMES = tuple(site.name for site in SITES)
+
 FACTOR_NAMES = {"transform_left": "left", "transform_right": "right", "transform_clip": "clip"}
 """Parameter of a linear module -> last part of its checkpoint name (the o site calls left ``head``)."""
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..calibration.architectures import find_architecture
-from ..calibration.reference import SITES, ReferenceLinear
+from ..calibration.reference import ReferenceLinear
 from ..kernels.kron import kron_wide_ref
 from ..kernels.quantize import dequantize_weight_ref
+from ..sites import SITE_NAMES
 
 
 @dataclass
@@ -36,7 +37,7 @@ def measure_flatness(model: Any, rows: Tensor) -> dict[tuple[int, str], Flatness
     peaks: dict[tuple[int, str], list[Tensor]] = {}
     handles = []
     for i, block in enumerate(blocks):
-        for site, group in zip(SITES, arch.groups, strict=True):
+        for site, group in zip(SITE_NAMES, arch.groups, strict=True):
 
             def hook(linear: Any, inputs: tuple[Tensor, ...], key: tuple[int, str] = (i, site)) -> None:
                 z = site_input(linear, inputs[0].flatten(0, -2)).double()
@@ -58,7 +59,7 @@ def measure_flatness(model: Any, rows: Tensor) -> dict[tuple[int, str], Flatness
             float(torch.cat(peaks[i, site]).mean()),
         )
         for i, block in enumerate(blocks)
-        for site, group in zip(SITES, arch.groups, strict=True)
+        for site, group in zip(SITE_NAMES, arch.groups, strict=True)
     }
 
 

@@ -1,6 +1,5 @@
 """FlatQuant folders of other vLLM plug-ins: SqueezeBits' W4A16, and vllm-ascend's W4A4_FLATQUANT_DYNAMIC."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +8,8 @@ from torch import Tensor
 
 from ..calibration.architectures import Architecture
 from ..calibration.errors import UserError
-from ..calibration.source import WeightFiles, folder_file, read_config
+from ..calibration.source import WeightFiles, folder_file, read_config, read_json
 from ..errors import shown
-from ..files import first_line
 from ..kernels.kron import kron_wide_ref
 from ..kernels.pack import pack_int4
 from .foreign import OWNERS, Clips, ForeignModel, base_config, base_name, make_spec, need
@@ -202,13 +200,7 @@ def read_ascend(path: Path) -> ForeignModel:
 
 def _ascend_types(path: Path) -> dict[str, str]:
     """Tensor name -> type, from quant_model_description.json."""
-    file = folder_file(path, "quant_model_description.json")
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{file} cannot be read ({first_line(error)}); download it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{file} is no JSON object; download it again")
+    found = read_json(folder_file(path, "quant_model_description.json"))
     return {str(k): str(v) for k, v in found.items()}
 
 

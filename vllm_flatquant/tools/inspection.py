@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..calibration.errors import UserError
-from ..calibration.reference import load_reference, read_spec
+from ..calibration.reference import load_reference, quantized_spec, read_spec
 from ..calibration.source import (
     GOLDEN,
     WeightFiles,
@@ -22,8 +22,9 @@ from ..calibration.source import (
     load_config,
     resolve_folder,
 )
-from ..choice import choose_backend, kernel_name, suitable_scheme
+from ..choice import choose_backend, cuda_capability, kernel_name, suitable_scheme
 from ..files import first_line
+from ..sites import SITE_NAMES
 from ..spec import FlatQuantSpec
 from .served import prompt_logprobs
 
@@ -55,16 +56,11 @@ def describe_folder(folder: str) -> dict[str, Any]:
     """What a checkpoint holds and what this machine would do with it, after checking that every tensor is
     there. Sizes are in bytes. Raises UserError."""
     path = resolve_folder(folder)
-    spec = read_spec(path)
-    if spec is None:
-        raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
+    spec = quantized_spec(path)
     config = load_config(path)
     files = WeightFiles(path)
     check_weights(path, config, files, spec)
-    capability = None
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
+    capability = cuda_capability()
     backend, scheme = choose_backend(capability), suitable_scheme(capability)
     sizes = tensor_sizes(files)
     quantized = {k: v for k, v in sizes.items() if k != "other"}
@@ -158,7 +154,7 @@ def spec_lines(spec: FlatQuantSpec) -> list[str]:
     """What is quantized and transformed, for people."""
     group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
     sites = []
-    for name in ("qkv", "o", "gate_up", "down", "k"):
+    for name in (*SITE_NAMES, "k"):
         value = getattr(spec.sites, name)
         if value is not None:
             sites.append(

@@ -3,14 +3,13 @@
 import shutil
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from ..calibration.plan import Plan, nearest_folder, plan_run
 from ..calibration.quantize import choose_device
 from ..calibration.recipe import Recipe
-from ..choice import choose_backend, kernel_name
+from ..choice import choose_backend, cuda_capability, kernel_name
 from ..spec import FlatQuantSpec
 from .inspection import spec_lines
 
@@ -34,10 +33,7 @@ def print_plan(model: str, out: Path, recipe: Recipe, calib: str, device: str) -
 
 def plan_lines(plan: Plan, spec: FlatQuantSpec, recipe: Recipe, free: int) -> list[str]:
     """A plan for people. free: bytes left on the disk."""
-    capability = None
-    if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
+    capability = cuda_capability()
     backend = choose_backend(capability)
     kernel = kernel_name(spec.weights.bits, spec.activations.bits, capability)
     longest = sorted(plan.phases.items(), key=lambda item: -item[1])[:3]

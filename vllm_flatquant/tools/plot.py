@@ -12,8 +12,9 @@ from ..calibration.card import public_name
 from ..calibration.data import calibration_tokens, check_vocabulary
 from ..calibration.errors import UserError
 from ..calibration.quantize import choose_device
-from ..calibration.reference import SITES, load_reference, read_spec
+from ..calibration.reference import load_reference, quantized_spec
 from ..calibration.source import load_config, resolve_folder
+from ..sites import SITE_NAMES
 from .evaluation import card_original
 from .flatness import Flatness, measure_flatness
 from .inspection import calibration_log
@@ -66,9 +67,7 @@ def plot_folder(
             "plotting needs Matplotlib; install it with `pip install vllm-flatquant[plot]`"
         ) from None
     path = resolve_folder(folder)
-    spec = read_spec(path)
-    if spec is None:
-        raise UserError(f"{path} is not quantized; make a checkpoint with `flatquant quantize`")
+    spec = quantized_spec(path)
     if samples < 1 or seq_len < 1:
         raise UserError(
             f"samples={samples} of seq_len={seq_len} tokens show nothing; use 1 or more of each"
@@ -133,7 +132,7 @@ def channel_figure(before: Measured, after: Measured, block: int, name: str) -> 
         f"{name}, block {block}: channel magnitudes, sorted (1 = the site's root mean square)",
         fontsize=10,
     )
-    for column, site in enumerate(SITES):
+    for column, site in enumerate(SITE_NAMES):
         for row, kind in enumerate(("activation", "weight")):
             ax = axes[row, column]
             for measured, colour, style, label in (
@@ -208,7 +207,7 @@ def peak_figure(before: Measured, after: Measured, name: str) -> Any:
         fontsize=10,
     )
     blocks = sorted({i for i, _ in before})
-    for ax, site in zip(axes[0], SITES, strict=True):
+    for ax, site in zip(axes[0], SITE_NAMES, strict=True):
         for measured, colour, style, marker, label in (
             (before, BEFORE, (0, (4, 1.5)), "s", "original"),
             (after, AFTER, "solid", "o", "transformed"),
