@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..files import first_line
 from .errors import UserError
+from .hub import check_hub
 
 # Tests are not library code; encodings and pydoc_data are tables that drown everything else.
 STDLIB_SKIPPED = {
@@ -169,6 +170,8 @@ def dataset_texts(name: str, split: str = "train", files: str | None = None) -> 
 
     name: ``name``, ``name:config`` or a folder. files: the one file of the repository that is the split.
     """
+    if not Path(name).is_dir():
+        check_hub()
     try:
         from datasets import load_dataset
     except ImportError:

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult
 from ..calibration.card import add_results
 from ..calibration.data import load_tokenizer
 from ..calibration.errors import UserError
+from ..calibration.hub import check_hub
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference
 from ..calibration.source import load_config, resolve_folder
@@ -41,6 +42,7 @@ def run_tasks(
     """
     check_options(backend, dtype, limit)
     dtype = dtype or default_dtype(backend)
+    check_hub()
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:
