@@ -34,15 +34,30 @@ GENERATION_CACHE = 8 * 10**9
 """Bytes of KV cache while the model writes rows."""
 PROMPT = 32
 """Tokens of a calibration row that the model continues."""
+HELD_OUT, HELD_OUT_PART = 8, 4
+"""So many calibration rows, but at most one of so many, are not trained on: they judge the training."""
 
 
 @dataclass
 class DistillReport:
-    """Mean KL divergence in nats per token, first and last epoch, and skipped steps."""
+    """Mean KL divergence in nats per token: of the training's first and last epoch, and of calibration rows that it
+    did not see, before and after it (NaN if there are none). undone: they got worse, so the start was kept."""
 
     kl_first_epoch: float
     kl_last_epoch: float
     skipped_steps: int
+    kl_held_out_before: float
+    kl_held_out_after: float
+    undone: bool
+
+    def __str__(self) -> str:
+        change = f"from {self.kl_held_out_before:.4f} to {self.kl_held_out_after:.4f}"
+        if self.undone:
+            return (
+                f"the end-to-end stage took held-out calibration rows {change} nats per token, so it was undone; "
+                "give it more text or a smaller distill_lr"
+            )
+        return f"end-to-end stage: KL divergence of held-out calibration rows {change} nats per token"
 
 
 def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:
@@ -216,16 +231,19 @@ def distill(
     """Train a finished checkpoint end to end.
 
     blocks: each block's checkpoint tensors by relative name, and its linears' weights before rounding under
-    ``NAME.latent``. tokens: int64 [N, T], all text of the stage (``distill_tokens``).
+    ``NAME.latent``. tokens: int64 [N, T], all text of the stage (``distill_tokens``), calibration rows first.
     Returns the blocks' new tensors (same names, without the latents), changed tensors outside the blocks by
     full name, and the report. AdamW, linear warm-up then cosine to zero, rows in a new order each epoch; a
-    step with a non-finite loss or gradient is skipped and counted.
+    step with a non-finite loss or gradient is skipped and counted. Where held-out rows (``held_out``) get no better,
+    what came in is returned.
     """
     first, last, kwargs = teacher_stream(source, tokens, recipe, device)
     students = nn.ModuleList(make_students(source, blocks, spec, device))
     head = Head(source, device)
     groups = parameter_groups(students, head, recipe)
-    per_epoch = -(-len(tokens) // recipe.batch_size)
+    judges = held_out(min(recipe.samples, len(tokens)))
+    rest = torch.tensor([i for i in range(len(tokens)) if i not in judges])
+    per_epoch = -(-len(rest) // recipe.batch_size)
     steps = recipe.distill_epochs * per_epoch
 
     def loss(x: Tensor, hidden: Tensor) -> Tensor:
@@ -233,19 +251,40 @@ def distill(
             target = head(hidden, head.gain.base)
         return kl_divergence(head(run_students(students, x, kwargs), head.gain()), target)
 
+    @torch.no_grad()
+    def judged() -> float:
+        if not judges:
+            return math.nan
+        return sum(
+            float(loss(first[i : i + 1].to(device), last[i : i + 1].to(device))) for i in judges
+        ) / len(judges)
+
+    before = judged()
     trainer = Steps(loss, groups, cosine(steps, WARMUP), device, precision=recipe.precision)
     shuffle = torch.Generator().manual_seed(recipe.seed)
     losses: list[MeanLoss] = []
     for epoch in range(recipe.distill_epochs):
         losses.append(MeanLoss(device))
-        order = torch.randperm(len(tokens), generator=shuffle).to(first.device)
+        order = rest[torch.randperm(len(rest), generator=shuffle)].to(first.device)
         for i, rows in enumerate(order.split(recipe.batch_size)):
             losses[-1].add(trainer.step(first[rows].to(device), last[rows].to(device)), len(rows))
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
-    report = DistillReport(float(losses[0]), float(losses[-1]), int(trainer.skipped))
-    exported = [s.export() for s in students]  # type: ignore[operator]
-    return exported, {head.name: head.gain().detach().to(head.dtype)}, report
+    after = judged()
+    undone = bool(judges) and not after < before
+    report = DistillReport(
+        float(losses[0]), float(losses[-1]), int(trainer.skipped), before, after, undone
+    )
+    gain = head.gain.base if undone else head.gain().detach()
+    others = {head.name: gain.to(head.dtype)}
+    if undone:
+        return [{n: t for n, t in b.items() if not n.endswith(LATENT)} for b in blocks], others, report
+    return [s.export() for s in students], others, report  # type: ignore[operator]
+
+
+def held_out(samples: int) -> range:
+    """Which calibration rows judge the last stage instead of training it: the last few, none of less than four."""
+    return range(samples - min(HELD_OUT, samples // HELD_OUT_PART), samples)
 
 
 @torch.no_grad()

@@ -333,6 +333,7 @@ def distill_blocks(
         finished, others, report = distill(
             source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
         )
+    tell.note(str(report))
     for i, tensors in enumerate(finished):
         save_tensors(folder, {source.block_prefix(i) + n: t for n, t in tensors.items()}, i)
     save_tensors(folder, others, source.num_blocks)

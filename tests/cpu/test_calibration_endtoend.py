@@ -13,6 +13,7 @@ from vllm_flatquant.calibration.endtoend import (
     distill,
     finished_hidden,
     generated_tokens,
+    held_out,
     kl_divergence,
     make_students,
     run_students,
@@ -52,6 +53,12 @@ def finished_blocks(folder, model_type="llama", **settings):
     return source, recipe, spec, tokens, blocks
 
 
+@pytest.fixture
+def no_judge(monkeypatch):
+    """All rows are trained on, and whatever comes out stays: random text teaches nothing about other text."""
+    monkeypatch.setattr(endtoend, "HELD_OUT", 0)
+
+
 def without_latents(blocks):
     return [{n: t for n, t in b.items() if not n.endswith(LATENT)} for b in blocks]
 
@@ -84,11 +91,11 @@ def test_untrained_students_are_the_finished_blocks(tmp_path, model_type, settin
 
 
 @pytest.mark.parametrize("settings", CASES, ids=lambda s: s["scheme"])
-def test_every_tensor_is_trained_and_written_as_trained(tmp_path, settings):
+def test_every_tensor_is_trained_and_written_as_trained(tmp_path, no_judge, settings):
     source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_epochs=30, **settings)
     kept = without_latents(blocks)
-    _, last, _ = teacher_stream(source, tokens, recipe, CPU)
     after, others, report = distill(source, blocks, tokens, recipe, spec, CPU)
+    _, last, _ = teacher_stream(source, tokens, recipe, CPU)
     assert report.skipped_steps == 0
     assert report.kl_last_epoch < 0.8 * report.kl_first_epoch
     for old, new in zip(kept, after, strict=True):
@@ -118,7 +125,33 @@ def test_every_tensor_is_trained_and_written_as_trained(tmp_path, settings):
     assert written < 1.1 * report.kl_last_epoch  # the mean over an epoch in which it still fell
 
 
-def test_frozen_codes_stay(tmp_path):
+@pytest.mark.parametrize(("rate", "undone"), [(1e-3, False), (1.0, True)])
+def test_training_that_makes_held_out_rows_worse_is_undone(tmp_path, rate, undone):
+    source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_lr=rate)
+    tokens = torch.cat([tokens, generated_tokens(source, tokens, 40, 0, CPU)])
+    after, others, report = distill(source, blocks, tokens, recipe, spec, CPU)
+    assert report.undone == undone
+    assert (report.kl_held_out_after < report.kl_held_out_before) != undone
+    same = [
+        torch.equal(tensor, new[name])
+        for old, new in zip(without_latents(blocks), after, strict=True)
+        for name, tensor in old.items()
+    ]
+    gain = torch.equal(others["model.norm.weight"], source.files.tensor("model.norm.weight"))
+    assert all([*same, gain]) == undone and any([*same, gain]) == undone
+    assert ("was undone" in str(report)) == undone
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path):
+    source, recipe, spec, tokens, blocks = finished_blocks(tmp_path)
+    assert [*held_out(4)] == [3] and [*held_out(128)] == [*range(120, 128)] and not held_out(3)
+    other = torch.cat([tokens[:3], tokens[3:].flip(1)])
+    reports = [distill(source, blocks, rows, recipe, spec, CPU)[2] for rows in (tokens, other)]
+    assert reports[0].kl_held_out_before != reports[1].kl_held_out_before
+    assert reports[0].kl_last_epoch == reports[1].kl_last_epoch
+
+
+def test_frozen_codes_stay(tmp_path, no_judge):
     source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_weight_lr=0.0)
     after, _, report = distill(source, blocks, tokens, recipe, spec, CPU)
     assert report.kl_last_epoch < report.kl_first_epoch
@@ -130,13 +163,13 @@ def test_frozen_codes_stay(tmp_path):
 
 def test_pipeline_with_a_last_stage(tmp_path, calib):
     model = make_model(tmp_path / "m")
-    recipes = {"plain": 0, "distilled": 8}
+    recipes = {"plain": 0, "distilled": 4}
     tokens, divergence = random_tokens(4, 24), {}
     with torch.no_grad():
         teacher = load_reference(model)(tokens).logits
     for name, epochs in recipes.items():
         recipe = make_recipe(
-            **SMALL | {"distill_epochs": epochs, "distill_generated": 2 if epochs else 0}
+            **SMALL | {"distill_epochs": epochs, "distill_generated": 40 if epochs else 0}
         )
         out = quantize(model, tmp_path / name, recipe, str(calib), "cpu")
         assert "ok" in next(verify_folder(str(out), "reference"))
@@ -146,6 +179,7 @@ def test_pipeline_with_a_last_stage(tmp_path, calib):
     assert not [n for n in load_file(out / "model.safetensors") if n.endswith(LATENT)]
     log = [json.loads(line) for line in (out / "calibration_log.jsonl").read_text().splitlines()]
     assert log[-1]["kl_last_epoch"] < log[-1]["kl_first_epoch"]
+    assert log[-1]["undone"] is False
     assert log[-1]["seconds"] > 0 and log[-1]["peak_memory_gb"] > 0
 
 
