@@ -59,6 +59,8 @@ FIELDS = [
     "epochs",
     "kl_first",
     "kl_last",
+    "kl_held_before",
+    "kl_held_after",
     "blocks_seconds",
     "last_seconds",
     "peak_memory_gb",
@@ -68,6 +70,7 @@ FIELDS = [
     "version",
     "commit",
 ]
+KL = ("kl_first", "kl_last", "kl_held_before", "kl_held_after")
 GENERATED = "tokens.safetensors"
 BEST = "best"
 
@@ -135,7 +138,7 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
     spec = make_spec(source, recipe)
     blocks = [load_file(block_file(job, i)) for i in range(source.num_blocks)]
     others = {n: source.files.tensor(n) for n in source.other_names()}
-    kl: tuple[float, float] | tuple[str, str] = ("", "")
+    kl: tuple[float | str, ...] = ("", "", "", "")
     if recipe.distill_epochs:
         tokens = calibration_tokens(
             job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed
@@ -144,7 +147,9 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
             more = load_file(job["needs"][1] / GENERATED)["tokens"]
             tokens = torch.cat([tokens, more[: recipe.distill_generated]])
         blocks, changed, report = distill(source, blocks, tokens, recipe, spec, device)
-        others, kl = others | changed, (report.kl_first_epoch, report.kl_last_epoch)
+        others |= changed  # also where quantize would undo it
+        held = report.kl_held_out_before, report.kl_held_out_after
+        kl = (report.kl_first_epoch, report.kl_last_epoch, *held)
     seconds = time.monotonic() - begin
     network = assemble(source, spec, blocks, others, device)
     rows = []
@@ -156,8 +161,7 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
                 "text": text,
                 "perplexity": f"{perplexity(network, cut, EVAL_BATCH):.4f}",
                 "windows": len(cut),
-                "kl_first": kl[0],
-                "kl_last": kl[1],
+                **dict(zip(KL, kl, strict=True)),
                 "blocks_seconds": (job["folder"] / "seconds").read_text(),
                 "last_seconds": f"{seconds:.0f}",
                 "peak_memory_gb": f"{peak_memory(device):.2f}",

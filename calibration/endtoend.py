@@ -41,18 +41,24 @@ HELD_OUT, HELD_OUT_PART = 8, 4
 @dataclass
 class DistillReport:
     """Mean KL divergence in nats per token: of the training's first and last epoch, and of calibration rows that it
-    did not see, before and after it (NaN if there are none). undone: they got worse, so the start was kept."""
+    did not see, before and after it (NaN if there are none)."""
 
     kl_first_epoch: float
     kl_last_epoch: float
     skipped_steps: int
     kl_held_out_before: float
     kl_held_out_after: float
-    undone: bool
+
+    @property
+    def worse(self) -> bool:
+        """Whether the held-out rows got no better, or broke."""
+        return not (
+            math.isnan(self.kl_held_out_before) or self.kl_held_out_after < self.kl_held_out_before
+        )
 
     def __str__(self) -> str:
         change = f"from {self.kl_held_out_before:.4f} to {self.kl_held_out_after:.4f}"
-        if self.undone:
+        if self.worse:
             return (
                 f"the end-to-end stage took held-out calibration rows {change} nats per token, so it was undone; "
                 "give it more text or a smaller distill_lr"
@@ -234,8 +240,8 @@ def distill(
     ``NAME.latent``. tokens: int64 [N, T], all text of the stage (``distill_tokens``), calibration rows first.
     Returns the blocks' new tensors (same names, without the latents), changed tensors outside the blocks by
     full name, and the report. AdamW, linear warm-up then cosine to zero, rows in a new order each epoch; a
-    step with a non-finite loss or gradient is skipped and counted. Where held-out rows (``held_out``) get no better,
-    what came in is returned.
+    step with a non-finite loss or gradient is skipped and counted. The report says what rows that are kept from the
+    training (``held_out``) make of it; the caller decides.
     """
     first, last, kwargs = teacher_stream(source, tokens, recipe, device)
     students = nn.ModuleList(make_students(source, blocks, spec, device))
@@ -271,15 +277,9 @@ def distill(
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
     after = judged()
-    undone = bool(judges) and not after < before
-    report = DistillReport(
-        float(losses[0]), float(losses[-1]), int(trainer.skipped), before, after, undone
-    )
-    gain = head.gain.base if undone else head.gain().detach()
-    others = {head.name: gain.to(head.dtype)}
-    if undone:
-        return [{n: t for n, t in b.items() if not n.endswith(LATENT)} for b in blocks], others, report
-    return [s.export() for s in students], others, report  # type: ignore[operator]
+    report = DistillReport(float(losses[0]), float(losses[-1]), int(trainer.skipped), before, after)
+    exported = [s.export() for s in students]  # type: ignore[operator]
+    return exported, {head.name: head.gain().detach().to(head.dtype)}, report
 
 
 def held_out(samples: int) -> range:

@@ -18,7 +18,7 @@ from . import parallel
 from .block import check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
-from .endtoend import check_memory, distill, distill_tokens, finished_hidden
+from .endtoend import LATENT, check_memory, distill, distill_tokens, finished_hidden
 from .errors import UserError
 from .export import (
     DISTILLED,
@@ -334,12 +334,15 @@ def distill_blocks(
             source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
         )
     tell.note(str(report))
+    if report.worse:
+        finished = [{n: t for n, t in b.items() if not n.endswith(LATENT)} for b in done]
+        others = {n: source.files.tensor(n) for n in others}
     for i, tensors in enumerate(finished):
         save_tensors(folder, {source.block_prefix(i) + n: t for n, t in tensors.items()}, i)
     save_tensors(folder, others, source.num_blocks)
     x_q = finished_hidden(source, finished, tokens[:1], spec, device)
     store_stream(folder / QUANTIZED, x_q)
-    write_text(folder / REPORT, json.dumps(asdict(report) | cost) + "\n")
+    write_text(folder / REPORT, json.dumps(asdict(report) | {"undone": report.worse} | cost) + "\n")
 
 
 def round_head(
