@@ -1,6 +1,7 @@
 """What to do to a model: one typed recipe, kept in the checkpoint as recipe.yaml."""
 
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -178,6 +179,34 @@ class Recipe(BaseModel):
         settings = self.model_dump(mode="json") | ({} if calib is None else {"calib": calib})
         return yaml.safe_dump(settings, sort_keys=False)
 
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose aliases stand for plain values and flat lists or mappings of them: what they stand for could
+    otherwise double with every line, and be written out in a message or a comparison."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """PyYAML's, with a check of what an alias stands for."""
+        alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        if alias and isinstance(node, yaml.CollectionNode):
+            inner = [n for item in node.value for n in (item if isinstance(item, tuple) else (item,))]
+            unfinished = node.end_mark is None  # the alias is inside what it stands for
+            if unfinished or not all(isinstance(n, yaml.ScalarNode) for n in inner):
+                raise yaml.YAMLError("an alias stands for nested values; write them out")
+        return node
+
+
+def load_yaml(file: Path) -> Any:
+    """What a YAML file of settings holds. Raises one of ``YAML_ERRORS``."""
+    loader = _Loader(file.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+YAML_ERRORS = (yaml.YAMLError, ValueError, OSError, RecursionError)
+"""ValueError: bytes that are no text, and dates that do not exist."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -8,10 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .errors import UserError
-from .recipe import PRESETS, Recipe, make_recipe
+from .recipe import PRESETS, YAML_ERRORS, Recipe, load_yaml, make_recipe
 
 DEFAULT = "flatquant-w4a4"
 """What ``flatquant quantize`` does if no recipe is asked for."""
@@ -288,8 +286,8 @@ def _read(name: str) -> dict[str, Any]:
             raise UserError(f"recipe file {name} does not exist; give a file or a name")
         raise UserError(_unknown(name))
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as error:
+        settings = load_yaml(file)
+    except YAML_ERRORS as error:
         why = str(error).splitlines()[0]
         raise UserError(
             f"recipe file {name} is not YAML ({why}); write one `key: value` a line"

@@ -97,12 +97,30 @@ def test_file_over_base_and_options_over_file(write):
         ("", "holds no settings"),
         ("3: 4\n", "holds no settings"),
         ("epochs: [1\n", "is not YAML"),
+        ("epochs: 2020-13-41\n", "is not YAML"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\nepochs: [*b, *b]\n", "is not YAML .*write them out"),
+        ("a: &a {x: 1, y: *a}\n", "is not YAML .*write them out"),
         ("!!python/object/apply:os.system ['true']\n", "is not YAML"),
     ],
 )
 def test_bad_file(write, text, message):
     with pytest.raises(UserError, match=message):
         choose_recipe(write(text))
+
+
+def test_aliases_of_plain_values_and_flat_lists(write):
+    chosen = choose_recipe(
+        write("diag: &sites [qkv, down]\ntransforms: *sites\nseed: &n 3\nepochs: *n\n")
+    )
+    assert list(chosen.recipe.transforms) == list(chosen.recipe.diag) == ["qkv", "down"]
+    assert (chosen.recipe.seed, chosen.recipe.epochs) == (3, 3)
+
+
+def test_aliases_that_double_with_every_line_are_refused_at_once(write):
+    lines = ["a0: &a0 [x, x]\n"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40)]
+    with pytest.raises(UserError, match="an alias stands for nested values") as said:
+        choose_recipe(write("".join(lines)))
+    assert len(str(said.value)) < 300
 
 
 def test_bad_names():

@@ -14,6 +14,7 @@ from tiny_model import make_model
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.choice import kernel_name, suitable_scheme
 from vllm_flatquant.kernels.pack import pack_codes, unpack_codes
+from vllm_flatquant.tools.diff import over_blocks
 from vllm_flatquant.tools.inspection import BFLOAT16, FLOAT32, check_logits
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +137,36 @@ def test_different_checkpoints_have_status_1(run, checkpoints):
     assert value["max_difference"] == (codes[0].int() - codes[1].int()).abs().max().item()
     equal = sum(torch.equal(first[n], second[n]) for n in first)
     assert found["tensors"]["equal"] == equal
+
+
+def test_what_differs_in_all_blocks_is_said_once(run, checkpoints):
+    status, out, _ = run("diff", *checkpoints)
+    assert status == 1
+    found = json.loads(run("diff", *checkpoints, "--json")[1].splitlines()[-1])["tensors"]["values"]
+    tail = "mlp.down_proj.weight_packed"
+    changed = sorted(100 * found[f"model.layers.{i}.{tail}"]["changed"] for i in (0, 1))
+    assert changed[0] < changed[1]
+    assert f"tensor model.layers.0-1.{tail}: {changed[0]:.2f}% to {changed[1]:.2f}% of the codes" in out
+    lines = [line for line in out.splitlines() if line.startswith("tensor ")]
+    assert len(lines) < 0.7 * len(found)
+
+
+def test_blocks_are_named_by_ranges():
+    names = [f"model.layers.{i}.a" for i in (0, 1, 2, 10, 4)] + [
+        "model.layers.3.a",
+        "norm",
+        "b.layers.x",
+    ]
+    assert over_blocks([(name, len(name)) for name in names[:5]]) == [
+        ("model.layers.0-2,4,10.a", [16, 16, 16, 17, 16])
+    ]
+    kinds = [(name, "odd" if "3" in name else "even") for name in names]
+    assert [name for name, _ in over_blocks(kinds, lambda kind: kind)] == [
+        "model.layers.0-2,4,10.a",
+        "model.layers.3.a",
+        "norm",
+        "b.layers.x",
+    ]
 
 
 def test_one_code_a_shape_a_missing_tensor_and_results(run, checkpoints, tmp_path):

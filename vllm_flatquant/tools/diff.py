@@ -1,5 +1,7 @@
 """``flatquant diff``: what differs between two checkpoints."""
 
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from huggingface_hub import ModelCard
 from torch import Tensor
 
 from ..calibration.errors import UserError
+from ..calibration.recipe import YAML_ERRORS, load_yaml
 from ..calibration.reference import read_spec
 from ..calibration.source import WeightFiles, folder_file, read_config, resolve_folder
 from ..files import first_line
@@ -108,8 +111,8 @@ def _recipe(folder: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:
+        recipe = load_yaml(file)
+    except YAML_ERRORS as error:
         raise UserError(f"{file} is no YAML ({first_line(error)}); copy it again") from None
     return recipe if isinstance(recipe, dict) else {"recipe": recipe}
 
@@ -130,21 +133,56 @@ def _both(a: dict[str, float], b: dict[str, float]) -> Changes:
     return {key: (a.get(key), b.get(key)) for key in sorted({*a, *b})}
 
 
+def over_blocks(
+    tensors: Iterable[tuple[str, Any]], alike: Callable[[Any], Any] = lambda value: None
+) -> list[tuple[str, list[Any]]]:
+    """Names and values, with those of the same tensor of several blocks in one, ``model.layers.0-4,7.x``, if
+    ``alike`` gives the same for their values."""
+    groups: dict[tuple[str, str, Any], list[tuple[int, Any]]] = {}
+    for name, value in tensors:
+        head, number, tail = _BLOCK.match(name).groups()  # type: ignore[union-attr]
+        groups.setdefault((head, tail, alike(value)), []).append((int(number or -1), value))
+    return [
+        (
+            f"{head}{'' if found[0][0] < 0 else _ranges(sorted(n for n, _ in found))}{tail}",
+            [v for _, v in found],
+        )
+        for (head, tail, _), found in groups.items()
+    ]
+
+
+_BLOCK = re.compile(r"(?s)(.*?\.layers\.(?=[0-9]{1,9}\.)|)([0-9]{1,9}(?=\.)|)(.*)")
+"""What stands before a block's number, the number, and the rest; all of a name that has none is the rest."""
+
+
+def _ranges(numbers: list[int]) -> str:
+    """``0-4,7`` of ascending numbers."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ",".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
 def diff_lines(found: dict[str, Any]) -> list[str]:
     """``diff_folders``'s result for people."""
     tensors = found["tensors"]
     lines = [f"- {found['first']}", f"+ {found['second']}"]
     for part in ("config", "recipe"):
         lines += [f"{part} {key}: {a!r} -> {b!r}" for key, (a, b) in found[part].items()]
-    lines += [f"tensor only in the first: {name}" for name in tensors["only_first"]]
-    lines += [f"tensor only in the second: {name}" for name in tensors["only_second"]]
-    lines += [f"tensor {name}: {a} -> {b}" for name, (a, b) in tensors["shape"].items()]
-    for name, value in tensors["values"].items():
+    for place in ("first", "second"):
+        missing = [(name, "") for name in tensors[f"only_{place}"]]
+        lines += [f"tensor only in the {place}: {name}" for name, _ in over_blocks(missing)]
+    shapes = [(name, f"{a} -> {b}") for name, (a, b) in tensors["shape"].items()]
+    lines += [f"tensor {name}: {kinds[0]}" for name, kinds in over_blocks(shapes, lambda kinds: kinds)]
+    for name, values in over_blocks(tensors["values"].items()):
         what = "codes" if name.endswith("weight_packed") else "values"
-        lines.append(
-            f"tensor {name}: {100 * value['changed']:.2f}% of the {what} differ, by at most "
-            f"{value['max_difference']:.3g}"
-        )
+        changed = [f"{100 * share:.2f}%" for share in sorted(value["changed"] for value in values)]
+        shares = " to ".join(dict.fromkeys((changed[0], changed[-1])))
+        largest = max(value["max_difference"] for value in values)
+        lines.append(f"tensor {name}: {shares} of the {what} differ, by at most {largest:.3g}")
     lines.append(f"{tensors['equal']} tensors equal, {len(tensors['values'])} of other values")
     for key, (a, b) in found["results"].items():
         lines.append(
