@@ -9,6 +9,7 @@ from vllm_flatquant import _compat, config, fusion, linear
 from vllm_flatquant.backend import IntegerTriton
 from vllm_flatquant.choice import Choice
 from vllm_flatquant.errors import UnsupportedError
+from vllm_flatquant.kernels.chain import Program
 
 from .tiny_checkpoint import VOCAB, Recipe, write_checkpoint
 from .vllm_model import engine_config, load_configured, start_single_process
@@ -90,6 +91,15 @@ def test_compiled_and_fused_model_equals_the_eager_one(
     monkeypatch.setattr(_compat.logger, "info", lambda text, *rest: lines.append(text % rest))
     for name in ("rmsnorm_kron_quant", "silu_mul_kron_quant"):
         monkeypatch.setattr(fusion, name, lambda *_, name=name: calls.append(name))  # warm-up only
+    runs, interpret = [], Program.interpret
+    monkeypatch.setattr(
+        Program,
+        "interpret",
+        lambda self, kind, inputs: (
+            runs.append(len(self.steps)) if kind == "cpu" else None,
+            interpret(self, kind, inputs),
+        )[1],
+    )
     _, fused = run_model(compiled_config(checkpoint), token_ids)
     assert set(calls) == {"rmsnorm_kron_quant", "silu_mul_kron_quant"}
     (line,) = [line for line in lines if "FlatQuant fusion" in line]
@@ -97,6 +107,8 @@ def test_compiled_and_fused_model_equals_the_eager_one(
         f"tokens: {2 * LAYERS} RMSNorm and {LAYERS} SiLU*mul fused with the transform after them, "
         f"{LAYERS} transforms on their own"
     )
+    # From attention to attention one call: o, gate_up and down of a layer and the next one's qkv.
+    assert runs == [2, *[8] * (LAYERS - 1), 6]
     torch.testing.assert_close(fused, eager, rtol=0, atol=2e-4)
 
 

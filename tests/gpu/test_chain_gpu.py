@@ -34,7 +34,8 @@ def weights(seed, dtype):
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def factor(n):
-        return torch.linalg.qr(torch.randn(n, n, device="cuda", generator=generator))[0][None].to(dtype)
+        square = torch.randn(n, n, device="cuda", generator=generator)
+        return torch.linalg.qr(square)[0][None].to(dtype).contiguous()
 
     def packed(n, k):
         codes = torch.randint(-8, 8, (n, k), device="cuda", dtype=torch.int8, generator=generator)
