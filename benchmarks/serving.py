@@ -86,13 +86,13 @@ def graphics_card() -> tuple[str, float]:
 
 
 class Run:
-    """One call of this script: where its rows go and what they have in common."""
+    """One call of this script on ``size`` GPUs: where its rows go and what they have in common."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, args: argparse.Namespace, size: int = 1) -> None:
+        self.args, self.size = args, size
         self.gpu, self.memory = graphics_card()
         self.cpu = self.gpu == "cpu"
-        now = datetime.datetime.now()
+        now = args.begin
         self.common = {
             "run": now.strftime("%m%d-%H%M%S"),
             "date": now.date().isoformat(),
@@ -103,12 +103,11 @@ class Run:
         }
         self.table = Table(args.results, COLUMNS, KEY)
         self.profiles = Table(args.profile_results, PROFILE_COLUMNS, [*KEY[:-1], "phase", "kernel"])
-        self.work = args.work / self.common["run"]
+        self.work = args.work / self.common["run"] / f"tp{size}"
 
     def label(self, model: str) -> str:
         """The model's name in the results."""
-        size = self.args.tensor_parallel_size
-        return model if size == 1 else f"{model} tp{size}"
+        return model if self.size == 1 else f"{model} tp{self.size}"
 
     def row(self, model: str, name: str, **values: Any) -> dict[str, Any]:
         """A row of the results."""
@@ -116,7 +115,7 @@ class Run:
 
     def fits(self, model: str, name: str) -> bool:
         """Whether the weights, 8192 tokens' activations and some KV cache fit in the card's memory."""
-        needed = weight_bytes(model, FORMATS[name].bits) / self.args.tensor_parallel_size + 4 * 2**30
+        needed = weight_bytes(model, FORMATS[name].bits) / self.size + 4 * 2**30
         return needed < ENGINE["gpu_memory_utilization"] * self.memory
 
     def plan(self, model: str) -> dict[str, Any]:
@@ -132,11 +131,9 @@ class Run:
 
     def options(self, model: str, name: str) -> dict[str, Any]:
         """The engine's options for a format."""
-        options = (
-            ENGINE | FORMATS[name].options | {"tensor_parallel_size": self.args.tensor_parallel_size}
-        )
+        options = ENGINE | FORMATS[name].options | {"tensor_parallel_size": self.size}
         if self.args.together > 1:  # vLLM would take all that is free
-            size = kv_bytes(model, self.kv_tokens(model)) // self.args.tensor_parallel_size
+            size = kv_bytes(model, self.kv_tokens(model)) // self.size
             options |= {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": size}
         if self.cpu:
             options |= {"enforce_eager": True, "max_model_len": 512}
@@ -167,7 +164,7 @@ class Run:
     def engine(self, model: str, name: str, wanted: list[str], go: Path) -> Engine:
         """Start one format's engine, which measures once there is a file ``go``."""
         work = self.work / name
-        folder = write_model(work / "model", model, FORMATS[name], self.args.tensor_parallel_size)
+        folder = write_model(work / "model", model, FORMATS[name], self.size)
         job = {
             "model": str(folder),
             "options": self.options(model, name) | {"skip_tokenizer_init": True},
@@ -185,38 +182,6 @@ class Run:
         environment = self.environment(model, name)
         there = [Path(environment[key]).exists() for key in CACHES]
         return "start_warm" if all(there) else "start" if any(there) else "start_cold"
-
-    def group(self, model: str, todo: dict[str, list[str]]) -> None:
-        """Start several formats' engines at once, then measure one after the other, the rest idle."""
-        engines = {}
-        for name, wanted in todo.items():
-            if self.fits(model, name) and self.args.serve:
-                self.take(model, name, serving_live.measure(self, model, name))
-            elif self.fits(model, name):
-                alone = self.start_measure(model, name) if len(todo) == 1 else None
-                go = self.work / name / "go"
-                engines[name] = self.engine(model, name, wanted, go), go, alone
-            else:
-                print(f"{self.label(model)} {name}: does not fit", flush=True)
-                self.add(self.row(model, name, measure="fits", value=0))
-        try:
-            for engine, _, _ in engines.values():
-                engine.wait_until_ready()
-            for name, (engine, go, alone) in engines.items():
-                go.touch()
-                self.take(model, name, engine.rows(alone))
-                engine.close()
-                if engine.problem:
-                    print(
-                        f"  {name}: failed ({engine.problem}); the end of {engine.log}:",
-                        *engine.tail(),
-                        sep="\n    ",
-                    )
-                for key in CACHES:
-                    Path(self.environment(model, name)[key]).mkdir(parents=True, exist_ok=True)
-        finally:
-            for engine, _, _ in engines.values():
-                engine.close()
 
     def log(self, model: str, name: str) -> str:
         """A format's logs; for graphs from the compile cache, also what was said when they were compiled."""
@@ -287,6 +252,39 @@ class Run:
         return {"bf16": every} | {n: m for n, m in left.items() if n != "bf16"} if left else {}
 
 
+def measure_group(model: str, todo: list[tuple[Run, str, list[str]]]) -> None:
+    """Start several formats' engines at once, then measure one after the other, the rest idle."""
+    engines: list[tuple[Run, str, Engine, Path, str | None]] = []
+    for run, name, wanted in todo:
+        if run.fits(model, name) and run.args.serve:
+            run.take(model, name, serving_live.measure(run, model, name))
+        elif run.fits(model, name):
+            alone = run.start_measure(model, name) if len(todo) == 1 else None
+            go = run.work / name / "go"
+            engines.append((run, name, run.engine(model, name, wanted, go), go, alone))
+        else:
+            print(f"{run.label(model)} {name}: does not fit", flush=True)
+            run.add(run.row(model, name, measure="fits", value=0))
+    try:
+        for _, _, engine, _, _ in engines:
+            engine.wait_until_ready()
+        for run, name, engine, go, alone in engines:
+            go.touch()
+            run.take(model, name, engine.rows(alone))
+            engine.close()
+            if engine.problem:
+                print(
+                    f"  {name}: failed ({engine.problem}); the end of {engine.log}:",
+                    *engine.tail(),
+                    sep="\n    ",
+                )
+            for key in CACHES:
+                Path(run.environment(model, name)[key]).mkdir(parents=True, exist_ok=True)
+    finally:
+        for _, _, engine, _, _ in engines:
+            engine.close()
+
+
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -307,7 +305,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS), metavar="A,B")
     parser.add_argument("--models", type=names(MODELS), default=["llama-3-8b"], metavar="A,B")
     parser.add_argument(
-        "--tensor-parallel-size", type=int, default=1, help="FlatQuant gets as many shards"
+        "--tensor-parallel-size",
+        type=lambda text: [int(size) for size in text.split(",")],
+        default=[1],
+        metavar="N,M",
+        help="FlatQuant gets as many shards",
     )
     parser.add_argument(
         "--serve", action="store_true", help="vllm bench throughput and vllm bench serve"
@@ -328,6 +330,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300, help="seconds for one format")
     args = parser.parse_args()
     args.work, args.cache = args.work.resolve(), args.cache.resolve()
+    args.begin = datetime.datetime.now()
     return args
 
 
@@ -340,11 +343,11 @@ def main() -> None:
         if args.plot:
             plot(args.results, args.plot)
         return
-    run = Run(args)
+    runs = [Run(args, size) for size in args.tensor_parallel_size]
     for model in args.models:
-        todo = list(run.todo(model).items())
+        todo = [(run, name, wanted) for run in runs for name, wanted in run.todo(model).items()]
         for first in range(0, len(todo), args.together):
-            run.group(model, dict(todo[first : first + args.together]))
+            measure_group(model, todo[first : first + args.together])
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LAST = f"rate{RATES[-1]}_{list(FIGURES)[-1]}"
 
 def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
     """Rows of one format: throughput, and latencies at each request rate. What fails is an error row."""
-    folder = write_model(run.work / name / "model", model, FORMATS[name], run.args.tensor_parallel_size)
+    folder = write_model(run.work / name / "model", model, FORMATS[name], run.size)
     environment = run.environment(model, name)
     tiny = model == "tiny"
     sizes = [

@@ -113,7 +113,7 @@ def test_cut_off_format_keeps_its_rows_and_goes_on(benchmarks, run, tmp_path, mo
         wanted = now.todo("tiny").get("bf16", [])
         missing = now.missing("tiny", "bf16")
         if wanted:
-            now.group("tiny", {"bf16": missing})
+            benchmarks.measure_group("tiny", [(now, "bf16", missing)])
         return missing, [row["measure"] for row in benchmarks.read_rows(tmp_path / "rows.csv")]
 
     every = ["prefill_1x128", "prefill_2x64", "decode_b1", "decode_b4"]
@@ -139,7 +139,7 @@ with open(job["out"], "a") as file:
     while not Path(job["go"]).exists():
         time.sleep(0.05)
     with (folder / "turns").open("a") as turns:
-        print("begin", name, len(list(folder.glob("work/*/*/rows.jsonl"))), file=turns, flush=True)
+        print("begin", name, len(list(folder.glob("work/*/*/*/rows.jsonl"))), file=turns, flush=True)
         for measure in job["wanted"]:
             print(json.dumps(dict(measure=measure, value=1.0, unit="ms", spread=0, repeats=1)), file=file, flush=True)
         time.sleep(0.5)
@@ -153,7 +153,7 @@ def test_engines_that_start_together_measure_in_turn(benchmarks, run, tmp_path, 
     (tmp_path / "serving_engine.py").write_text(TURNS.format(folder=str(tmp_path)))
     monkeypatch.setattr(benchmarks, "HERE", tmp_path)
     now = run("--formats=w8a8-int8,fp8", "--models=tiny", "--together=3")
-    now.group("tiny", now.todo("tiny"))
+    benchmarks.measure_group("tiny", [(now, *item) for item in now.todo("tiny").items()])
     turns = (tmp_path / "turns").read_text().splitlines()
     assert turns == ["begin bf16 2", "end bf16", "begin fp8 2", "end fp8"]
     rows = benchmarks.read_rows(tmp_path / "rows.csv")
