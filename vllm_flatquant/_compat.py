@@ -58,6 +58,9 @@ __all__ = [
     "register_weight_loader_v2_supported_method",
 ]
 
+DRAFT_PREFIX = "draft_model."
+"""What vLLM puts before the names of the modules of a model that drafts for another (``DraftModelProposer``)."""
+
 logger = init_logger("vllm.plugins.flatquant")  # vLLM shows INFO only from loggers below "vllm"
 
 

@@ -39,7 +39,9 @@ def quantize(
             help="bits of weights and activations: w4, w3 or w2 with a4, a8 or a16; w8a8, w8a16 [recipe]"
         ),
     ] = None,
-    kv: Annotated[int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4 [recipe]")] = None,
+    kv: Annotated[
+        int | None, typer.Option(help="bits of the KV cache: 16, 8 or 4; saves no memory yet [recipe]")
+    ] = None,
     lm_head_bits: Annotated[
         int | None, typer.Option(help="bits of the output head: 16, or 8 (its cost is printed) [recipe]")
     ] = None,

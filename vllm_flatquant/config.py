@@ -124,6 +124,7 @@ class FlatQuantConfig(QuantizationConfig):
         return None
 
     def _linear_method(self, prefix: str) -> QuantizeMethodBase:
+        prefix = prefix.removeprefix(_compat.DRAFT_PREFIX)  # ``ignore`` has the checkpoint's names
         site = site_of(prefix)
         if site is not None and is_quantized(self.spec, prefix):
             return FlatQuantLinearMethod(self.spec, site, self.backend.name)

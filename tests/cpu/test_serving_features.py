@@ -1,6 +1,7 @@
-"""Prefix caching, chunked prefill and n-gram speculative decoding take place and give the reference's tokens.
+"""Prefix caching, chunked prefill and speculative decoding (n-gram, draft model) take place and give the
+reference's tokens.
 
-Two engine starts.
+Three engine starts.
 """
 
 import json
@@ -61,6 +62,14 @@ def check_tokens(folder, prompts, answers):
         assert torch.equal(torch.tensor(tokens)[clear], top.indices[:, 0][clear])
 
 
+def check_drafts(metrics):
+    """Some drafts were accepted, and some not."""
+    drafted, accepted = (
+        metrics[f"vllm:spec_decode_num_{what}_tokens"]["value"] for what in ("draft", "accepted")
+    )
+    assert drafted > accepted >= 10
+
+
 def test_prefix_caching_and_chunked_prefill(checkpoint, tmp_path):
     torch.manual_seed(2)
     long, short = (torch.randint(2, VOCAB, (n,)).tolist() for n in (170, 40))
@@ -90,7 +99,18 @@ def test_ngram_speculation(checkpoint, tmp_path):
     prompts = [torch.randint(2, VOCAB, (n,)).tolist() * 4 for n in (5, 12, 20)]
     answers, metrics, _ = serve(checkpoint, prompts, tmp_path, speculative_config=NGRAM)
     check_tokens(checkpoint, prompts, answers)
-    drafted, accepted = (
-        metrics[f"vllm:spec_decode_num_{what}_tokens"]["value"] for what in ("draft", "accepted")
-    )
-    assert drafted > accepted >= 10
+    check_drafts(metrics)
+
+
+def test_a_draft_model_of_another_scheme(checkpoint, tmp_path):
+    """The same random model in both, the draft with 8-bit activations and one layer in 16 bits."""
+    draft = tmp_path / "draft"
+    write_checkpoint(draft, Recipe(bits=8, ignore=("lm_head", "model.layers.1.mlp.down_proj")))
+    torch.manual_seed(3)
+    prompts = [torch.randint(2, VOCAB, (n,)).tolist() for n in (5, 12, 70)]
+    speculation = {"model": str(draft), "num_speculative_tokens": 3}
+    answers, metrics, log = serve(checkpoint, prompts, tmp_path, speculative_config=speculation)
+    check_tokens(checkpoint, prompts, answers)
+    check_drafts(metrics)
+    for scheme in ("w4a4", "w4a8"):
+        assert log.count(f"FlatQuant {scheme}: torch backend") == 1

@@ -153,6 +153,7 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
 def spec_lines(spec: FlatQuantSpec) -> list[str]:
     """What is quantized and transformed, for people."""
     group = f"group {spec.weights.group_size}" if spec.weights.group_size else "per output channel"
+    saving = "" if spec.kv.k_bits == spec.kv.v_bits == 16 else " (rounded values; saves no memory yet)"
     sites = []
     for name in (*SITE_NAMES, "k"):
         value = getattr(spec.sites, name)
@@ -165,7 +166,7 @@ def spec_lines(spec: FlatQuantSpec) -> list[str]:
             f"scheme      {spec.scheme}: int{spec.weights.bits} weights, {group}; "
             f"{spec.activations.bits}-bit activations per token; {spec.lm_head_bits}-bit lm_head"
         ),
-        f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits",
+        f"KV cache    K {spec.kv.k_bits} bits, V {spec.kv.v_bits} bits{saving}",
         f"transforms  {', '.join(sites) or 'none'}",
     ]
 
