@@ -24,7 +24,14 @@ from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.w4_gemm import w4_gemm
 
-MODULES = ("kron_quant", "rmsnorm_kron_quant", "silu_mul_kron_quant", "w4_gemm", "w4_gemm_hopper")
+MODULES = (
+    "kron_quant",
+    "rmsnorm_kron_quant",
+    "silu_mul_kron_quant",
+    "silu_mul_kron_quant_hopper",
+    "w4_gemm",
+    "w4_gemm_hopper",
+)
 
 
 def calls(t: int) -> dict[str, Callable[[], object]]:

@@ -4,11 +4,13 @@ Importing this works without Triton and without a GPU; the references then still
 """
 
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +63,17 @@ def hopper(device: torch.device) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a CUDA device."""
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def has_gluon(module: str) -> bool:
+    """Whether this Triton has what that file of Gluon kernels needs (3.6 to 3.9 do); says so once if not."""
+    try:
+        import_module(f".{module}", __package__)
+    except (ImportError, AttributeError) as error:
+        logging.getLogger(__name__).warning("flatquant: %s needs another Triton (%s)", module, error)
+        return False
+    return True
 
 
 _COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
@@ -129,5 +142,5 @@ def _specialization(argument: Any) -> Any:
         return argument % 16 == 0, argument == 1, argument.bit_length() > 31
     if isinstance(argument, float):
         return float
-    # A TensorDescriptor, whose copies (w4_gemm_hopper.py) share one layout object.
+    # A TensorDescriptor, whose copies (hopper_gluon.py) share one layout object.
     return id(argument.layout), *argument.block_shape

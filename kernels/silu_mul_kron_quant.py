@@ -3,14 +3,19 @@
 Z = L^T (silu(gate) * up) R,   scale[t, s] = clip[s] * max|Z[t, block s]| / qmax
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import empty, launch, register, tl, triton
+from .jit import empty, has_gluon, hopper, launch, multiprocessors, register, tl, triton
 from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
+
+HOPPER_FROM = 1.0
+"""Above so many tokens * shards an SM ``silu_mul_kron_quant_hopper.py`` takes what it can; ``math.inf``: never."""
 
 
 @triton.jit
@@ -89,17 +94,45 @@ def _silu_mul_kron_quant_kernel(
         tl.store(scale_ptr + token * shards + shard, scale)
 
 
+def on_hopper(x: Tensor, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
+    """Whether ``x`` [T, 2*K] goes to the Hopper form: many tokens, factors ``suits`` takes, contiguous aligned rows."""
+    return (
+        left is not None
+        and right is not None
+        and hopper(x.device)
+        and suits(x.shape[0], shards, left.shape, right.shape, multiprocessors(x.device))
+        and x.dtype in (torch.bfloat16, torch.float16)
+        and left.dtype == right.dtype == x.dtype
+        and x.is_contiguous()
+        and x.data_ptr() % 16 == 0
+        and has_gluon("silu_mul_kron_quant_hopper")
+    )
+
+
+def suits(t: int, shards: int, left: Sequence[int], right: Sequence[int], sms: int) -> bool:
+    """Whether the Hopper form is made, and faster, for ``t`` tokens and factors of these shapes on ``sms`` SMs."""
+    enough = t * shards > HOPPER_FROM * sms
+    return enough and left[0] == shards and 64 < left[1] <= 128 and right[1] in (64, 128)
+
+
 def silu_mul_kron_quant_triton(
     gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's launch. Shapes as ``silu_mul_kron_quant``."""
+    """The kernels' launch. Shapes as ``silu_mul_kron_quant``."""
     x = rows(gate_up)
     t, k, shards = x.shape[0], x.shape[1] // 2, clip.shape[0]
     if not fused(x, k, left, right, shards):
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
-    p = plan(x, k, left, right, shards, "silu")
     codes = empty_codes(t, k, x.device)
     scale = empty((t, shards), torch.float32, x.device)
+    if on_hopper(x, left, right, shards):
+        assert left is not None and right is not None
+        # Gluon, so imported only where it is used
+        from .silu_mul_kron_quant_hopper import silu_mul_kron_quant_hopper
+
+        silu_mul_kron_quant_hopper(x, left, right, clip, codes, scale, qmax(bits))
+        return codes, scale
+    p = plan(x, k, left, right, shards, "silu")
     if t:
         launch(
             _silu_mul_kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),

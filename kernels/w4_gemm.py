@@ -9,13 +9,12 @@ registers and never return to shared memory. A packed byte holds two weights (se
 ``b << 4`` and ``b & 0xF0`` are those weights times 16, sign included, which the scale takes back.
 """
 
-import logging
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, empty, hopper, launch, register, tl, triton
+from .jit import INTERPRET, empty, has_gluon, hopper, launch, register, tl, triton
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
 
@@ -211,25 +210,12 @@ def _w4_gemm_cuda(
 
 
 def _tile(device: torch.device, t: int, n: int, k: int, shards: int) -> Tile:
-    return w4_gemm_tile(_name(device), hopper(device) and _has_gluon(), t, n, k, shards)
+    return w4_gemm_tile(_name(device), hopper(device) and has_gluon("w4_gemm_hopper"), t, n, k, shards)
 
 
 @cache
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
-
-
-@cache
-def _has_gluon() -> bool:
-    """Whether this Triton has what ``w4_gemm_hopper`` needs (3.6 to 3.9 do); says so once if not."""
-    try:
-        from . import w4_gemm_hopper  # noqa: F401
-    except (ImportError, AttributeError) as error:
-        logging.getLogger(__name__).warning(
-            "flatquant: the Hopper GEMM needs another Triton (%s)", error
-        )
-        return False
-    return True
 
 
 def run_tile(

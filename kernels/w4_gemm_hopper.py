@@ -8,8 +8,6 @@ products in flight while they unpack the next weights. Programs are persistent, 
 tile run under the epilogue of this one.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -21,15 +19,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .hopper_gluon import (
+    barrier,
+    descriptor,
+    launch_dependents,
+    load_async,
+    store_async,
+    wait_for_inputs,
+)
 from .jit import empty, launch, multiprocessors, persistent
 from .tiles import Tile
-
-# Triton 3.6 to 3.9: the names changed, the operations did not.
-load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
@@ -55,13 +55,6 @@ def _tile(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _wait_for_inputs(PDL: gl.constexpr):
-    """Until here nothing that an earlier kernel writes was touched; programmatic dependent launch."""
-    if PDL:
-        gl.inline_asm_elementwise("griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1)
-
-
-@gluon.jit
 def _load(
     w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n, blocks,
     SPLIT: gl.constexpr, GROUP: gl.constexpr, KB: gl.constexpr, PDL: gl.constexpr,
@@ -82,7 +75,7 @@ def _load(
             for i in gl.static_range(KB):
                 at = stage * KB + i
                 load_async(w_desc, [row + at * n, 0], bar, w_bufs.index(at))
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     step = 0
     for item in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
         tile_m, tile_n = _tile(item // SPLIT, tiles_m, tiles_n, GROUP)
@@ -117,7 +110,7 @@ def _multiply(
     w_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
     m = gl.arange(0, BM, gl.SliceLayout(0, acc_layout))
     r = gl.arange(0, BN, gl.SliceLayout(1, acc_layout))
-    _wait_for_inputs(PDL)
+    wait_for_inputs(PDL)
     step = 0
     for item in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
         tile = item // SPLIT
@@ -219,10 +212,7 @@ def _w4_gemm_hopper_kernel(
     for stage in gl.static_range(STAGES):
         mbarrier.init(ready.index(stage), count=1)
         mbarrier.init(free.index(stage), count=1)
-    if PDL:
-        gl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], gl.int32, False, 1
-        )
+    launch_dependents(PDL)
     tiles_m = gl.cdiv(t, BM)
     tiles_n = gl.cdiv(n, BN)
     gl.warp_specialize(
@@ -256,9 +246,9 @@ def w4_gemm_hopper(
     shards = scale.shape[1]
     there = (codes.untyped_storage().nbytes() - codes.storage_offset()) // k  # rows that memory holds
     x_rows = t if tile.bm < 64 else min(-(-t // tile.bm) * tile.bm, there)
-    x_desc = _descriptor(codes, x_rows, k, tile.bm, 128, 128)
-    w_desc = _descriptor(weight, blocks * n, 64, tile.bn, 64, 64)
-    y_desc = _descriptor(out, out.shape[0], n, tile.bm, tile.bn, 128)
+    x_desc = descriptor(codes, x_rows, k, tile.bm, 128, 128)
+    w_desc = descriptor(weight, blocks * n, 64, tile.bn, 64, 64)
+    y_desc = descriptor(out, out.shape[0], n, tile.bm, tile.bn, 128)
     tiles = -(-t // tile.bm) * -(-n // tile.bn)
     partial = count = weight_scale
     if tile.split > 1:
@@ -294,34 +284,3 @@ def _counters(device: torch.device, tiles: int) -> Tensor:
         _COUNTERS[device] = persistent(torch.zeros(_SETS, _TILES, dtype=torch.int32, device=device))
     _turn = (_turn + 1) % _SETS
     return _COUNTERS[device][_turn]
-
-
-_KNOWN: dict[tuple[Any, ...], TensorDescriptor] = {}
-
-
-def _descriptor(
-    base: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, swizzle: int
-) -> TensorDescriptor:
-    """Bulk loads or stores of blocks of ``base``'s memory, taken as [rows, columns]; bytes are int8.
-
-    A descriptor's own checks take longer than a launch, so they are made once for each kind.
-    """
-    key = base.dtype, columns, block_rows, block_columns, swizzle
-    known = _KNOWN.get(key)
-    if known is None or base.data_ptr() % 16:
-        layout = gl.NVMMASharedLayout(
-            swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=2
-        )
-        typed = base.view(torch.int8) if base.dtype == torch.uint8 else base
-        block = [block_rows, block_columns]
-        known = TensorDescriptor(typed, [rows, columns], [columns, 1], block, layout)
-        _KNOWN[key] = _with(known, None, [])
-        return known
-    return _with(known, base, [rows, columns])
-
-
-def _with(known: TensorDescriptor, base: Tensor | None, shape: list[int]) -> TensorDescriptor:
-    """A copy with another base and shape, unchecked."""
-    made: TensorDescriptor = object.__new__(TensorDescriptor)
-    made.__dict__.update(known.__dict__, base=base, shape=shape)
-    return made

@@ -142,3 +142,42 @@ def test_w4_gemm_hopper(
     assert compiled.metadata.shared <= 232448
     waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\d)", compiled.asm["sass"])
     assert waits.count("0x2") == 2 * shards and waits.count("0x0") == shards
+
+
+@pytest.mark.parametrize("a,b,kind", [(112, 128, "bf16"), (100, 128, "bf16"), (80, 64, "fp16")])
+def test_silu_mul_kron_quant_hopper(a: int, b: int, kind: str) -> None:
+    """Both products take wgmma, codes leave 16 bytes at a time, and next to nothing spills."""
+    pytest.importorskip("triton.experimental.gluon")
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from vllm_flatquant.kernels import silu_mul_kron_quant_hopper as module
+
+    kernel = module._silu_mul_kron_quant_hopper_kernel
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    options = dict(module.OPTIONS)
+    meta = {"a": a, "B": b, "QMAX": 7, "STAGES": options.pop("STAGES"), "PDL": True}
+    types = {
+        "x_desc": f"tensordesc<{kind}[{module.ROWS},64],{layout!r}>", "l_ptr": "*" + kind, "r_ptr": "*" + kind,
+        "clip_ptr": "*fp32", "codes_ptr": "*i8", "scale_ptr": "*fp32", "t": "i32",
+    }  # fmt: skip
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr")
+    }
+    compiled = triton.compile(
+        GluonASTSource(kernel, signature, meta, aligned),
+        target=GPUTarget("cuda", 90, 32),
+        options=options,
+    )
+    assert compiled.metadata.shared <= 232448
+    ptx, sass = compiled.asm["ptx"], compiled.asm["sass"]
+    products = re.findall(
+        rf"wgmma\.mma_async\.sync\.aligned\.m64n{b}k16\.f32\.{kind.replace('p', '')}", ptx
+    )
+    assert len(products) == b // 16 + 8  # a step is 16 columns of x, then 16 rows of 128
+    assert "griddepcontrol.wait" in ptx and "griddepcontrol.launch_dependents" in ptx
+    assert "STG.E.128" in sass and not re.search(r"STG\.E\.(U8|U16|64)", sass)
+    assert len(re.findall(r"\b(STL|LDL)", sass)) <= 4  # Triton 3.6: none, 3.9: one value

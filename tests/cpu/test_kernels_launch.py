@@ -63,3 +63,11 @@ def test_another_kernel_or_device_is_asked_for(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     jit.launch(kernel, (3,), torch.zeros(64), 48, BLOCK=16, FLAG=True)
     assert (len(kernel.asked), len(other.asked)) == (2, 1)
+
+
+def test_without_gluon_it_is_said_once(caplog):
+    jit.has_gluon.cache_clear()
+    assert not jit.has_gluon("not_there") and not jit.has_gluon("not_there")
+    assert [r.getMessage().split(" (")[0] for r in caplog.records] == [
+        "flatquant: not_there needs another Triton"
+    ]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_flatquant.kernels.silu_mul_kron_quant import suits
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import BUCKETS, PLAIN, Tile, bucket, w4_gemm_tile, warmup_tokens
 
@@ -48,3 +49,23 @@ def test_buckets_and_warm_up() -> None:
     for t in range(1, 200):  # every number of tokens uses a tile that the warm-up has run
         warmed = {w4_gemm_tile(H100, True, w, 4096, 4096, 1) for w in warmup_tokens(200)}
         assert w4_gemm_tile(H100, True, t, 4096, 4096, 1) in warmed
+
+
+@pytest.mark.parametrize("sms", [66, 78, 108, 114, 132, 144])
+@pytest.mark.parametrize("most", [1, 100, 133, 150, 256, 2048, 8192, 10_000])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_warm_up_runs_every_form_of_silu(sms: int, most: int, shards: int) -> None:
+    """Both its kernels are compiled at load if any batch of up to ``most`` tokens can need them."""
+    left, right = (shards, 112, 112), (shards, 128, 128)
+    needed = {suits(t, shards, left, right, sms) for t in range(1, most + 1)}
+    assert needed == {suits(t, shards, left, right, sms) for t in warmup_tokens(most)}
+
+
+def test_what_the_hopper_form_of_silu_takes() -> None:
+    for a, b, taken in [
+        (112, 128, True), (100, 128, True), (65, 64, True), (128, 128, True),
+        (64, 128, False), (129, 128, False), (112, 96, False), (112, 256, False),
+    ]:  # fmt: skip
+        assert suits(10**6, 2, (2, a, a), (2, b, b), 132) == taken
+    assert not suits(10**6, 1, (2, 112, 112), (2, 128, 128), 132)  # scales that do not fit the factors
+    assert not suits(1, 1, (1, 112, 112), (1, 128, 128), 132)

@@ -33,6 +33,9 @@ def main() -> None:
             kron_quant(x, left, right, one, 8)
             rmsnorm_kron_quant(x, x, norm, 1e-5, left, right, one, 4)
             silu_mul_kron_quant(torch.cat([x, x], 1), left, right, one, 4)
+    left, right = torch.randn(1, 100, 100, device=device), torch.randn(1, 128, 128, device=device)
+    x, one = torch.randn(300, 25600, device=device).bfloat16(), torch.ones(1, device=device)
+    silu_mul_kron_quant(x, left.bfloat16(), right.bfloat16(), one, 4)  # on Hopper another kernel
     tiles = list(PLAIN.values()) + (HOPPER_TILES if hopper(device) else [])
     for t, n, k, shards in [(3, 264, 1024, 1), (130, 40, 704, 2), (130, 520, 1024, 1)]:
         codes = torch.randint(-8, 8, (t, k), dtype=torch.int8, device=device)

@@ -8,12 +8,12 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from vllm_flatquant.chaining import chain_operators
+from vllm_flatquant.kernels import silu_mul_kron_quant
 from vllm_flatquant.kernels.chain import _program
 from vllm_flatquant.kernels.pack import pack_device
 
 OPS = torch.ops.flatquant
-HIDDEN, WIDE = 1024, 3584
-TOKENS = (1, 3, 17, 64, 129, 257, 2048)
+HIDDEN = 1024
 
 
 def decoder(x, residual, norm, heads, left, right, wide_left, wide_right, clip, o, o_scale, gate_up, gate_up_scale,
@@ -30,7 +30,7 @@ def decoder(x, residual, norm, heads, left, right, wide_left, wide_right, clip, 
     return OPS.w4_gemm(codes, scale, o, o_scale, None, dtype), total
 
 
-def weights(seed, dtype):
+def weights(seed, dtype, wide):
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def factor(n):
@@ -43,11 +43,11 @@ def weights(seed, dtype):
 
     return [
         torch.rand(HIDDEN, device="cuda", generator=generator).to(dtype),
-        *[factor(n) for n in (8, 32, 32, 28, 128)],
+        *[factor(n) for n in (8, 32, 32, wide // 128, 128)],
         torch.tensor([0.9], device="cuda"),
         *packed(HIDDEN, HIDDEN),
-        *packed(2 * WIDE, HIDDEN),
-        *packed(HIDDEN, WIDE),
+        *packed(2 * wide, HIDDEN),
+        *packed(HIDDEN, wide),
     ]
 
 
@@ -56,9 +56,14 @@ def activations(tokens, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_chain_is_its_operators(dtype):
-    layers = [weights(seed, dtype) for seed in range(2)]
-    for tokens in TOKENS:
+@pytest.mark.parametrize(
+    "wide, counts",
+    [(3584, (1, 3, 17, 64, 129, 257, 2048)), (14336, (17, 257))],  # the second: the Hopper form of SiLU
+)
+def test_chain_is_its_operators(dtype, wide, counts, monkeypatch):
+    monkeypatch.setattr(silu_mul_kron_quant, "HOPPER_FROM", 0.0)
+    layers = [weights(seed, dtype, wide) for seed in range(2)]
+    for tokens in counts:
         module = make_fx(decoder, tracing_mode="fake")(*activations(tokens, dtype), *layers[0])
         assert chain_operators(module.graph) == 8
         module.recompile()

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
+from vllm_flatquant.kernels import silu_mul_kron_quant as silu
 from vllm_flatquant.kernels.jit import hopper
 from vllm_flatquant.kernels.kron import empty_codes, kron, kron_ref
 from vllm_flatquant.kernels.kron_quant import kron_quant, kron_quant_ref
@@ -236,6 +237,40 @@ def test_silu_mul_kron_quant(shards: int, a: int, b: int) -> None:
             silu_mul_kron_quant(x, left, right, clip, 4),
             silu_mul_kron_quant_ref(x, left, right, clip, 4),
         )
+
+
+@pytest.mark.skipif(not hopper(DEVICE), reason="the Hopper form")
+@pytest.mark.parametrize(
+    "shards,a,b", [(1, 112, 128), (1, 128, 128), (1, 65, 128), (1, 80, 64), (2, 100, 128), (2, 112, 128)]
+)
+@pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float16, 4)])
+def test_silu_mul_kron_quant_on_hopper(
+    shards: int, a: int, b: int, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any number of tokens: nothing behind the input is used, nothing behind the codes is written."""
+    monkeypatch.setattr(silu, "HOPPER_FROM", 0.0)
+    k = shards * a * b
+    left, right = factors(shards, a, b, dtype)
+    clip = torch.rand(shards, device=DEVICE) * 0.3 + 0.7
+    most = (1, 3, 17, 132, 133, 257, 4097) if (dtype, bits) == (torch.bfloat16, 4) else (133, 300)
+    for t in most:
+        room = torch.full((t * 2 * k + 2**16,), float("nan"), device=DEVICE, dtype=dtype)
+        x = room[: t * 2 * k].view(t, 2 * k)
+        x.copy_(torch.randn(t, 2 * k, device=DEVICE) * 3)
+        x[0, k // 3] = 1000.0
+        if t > 2:
+            x[-1] = 0
+            x[1, :k] *= 60  # exp overflows and vanishes
+        assert silu.on_hopper(x, left, right, shards)
+        got = silu_mul_kron_quant(x, left, right, clip, bits)
+        same(got, silu_mul_kron_quant_ref(x, left, right, clip, bits))
+        behind = torch.empty(0, dtype=torch.int8, device=DEVICE).set_(got[0].untyped_storage())[t * k :]
+        assert behind.numel() == -t % 128 * k and (behind == 127).all()  # as the poison left it
+        for _ in range(3):
+            again = silu_mul_kron_quant(x, left, right, clip, bits)
+            assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+    rows_apart = torch.randn(5, 2 * k + 8, device=DEVICE).to(dtype)[:, : 2 * k]
+    assert not silu.on_hopper(rows_apart, left, right, shards)
 
 
 def test_a_transform_too_large_for_the_chip_still_runs() -> None:
