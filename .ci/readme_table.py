@@ -50,7 +50,7 @@ def table(rows: list[dict[str, str]]) -> str:
     lines += [
         "",
         how
-        + "Seconds to quantize, and peak GB while doing so, where other runs may share the machine. "
+        + "Seconds to quantize (none where runs shared a GPU; on a CPU beside other work), and peak GB while doing so. "
         + "Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
         "",
     ]
