@@ -42,6 +42,17 @@ def engine_config(folder: Path, **options: Any) -> Any:
     return EngineArgs(model=str(folder), **arguments).create_engine_config()
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """``dtype`` is torch's default inside. vLLM 0.26's own stays where it is when a model is refused."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def load_model(folder: Path, device: str = "cpu", **options: Any) -> nn.Module:
     """The vLLM model in ``folder`` on ``device`` with its weights loaded and processed."""
     return load_configured(engine_config(folder, **options), device)
@@ -52,10 +63,9 @@ def load_configured(config: Any, device: str = "cpu") -> nn.Module:
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
     from vllm.model_executor.model_loader.utils import initialize_model, process_weights_after_loading
-    from vllm.utils.torch_utils import set_default_torch_dtype
 
     start_single_process()
-    with set_current_vllm_config(config), set_default_torch_dtype(config.model_config.dtype):
+    with set_current_vllm_config(config), default_dtype(config.model_config.dtype):
         with torch.device(device):
             model = initialize_model(config)
         get_model_loader(config.load_config).load_weights(model, config.model_config)

@@ -33,6 +33,17 @@ def give_memory_back():
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(autouse=True)
+def leave_torch_as_it_was():
+    """A test that changes torch's default dtype or device fails; the tests after it have the defaults again."""
+    yield
+    if torch := sys.modules.get("torch"):
+        found = torch.get_default_dtype(), torch.get_default_device().type
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        assert found == (torch.float32, "cpu")
+
+
 @pytest.fixture(scope="session")
 def run_folder(tmp_path_factory):
     """A folder of all processes of the run."""
