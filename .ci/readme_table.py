@@ -4,11 +4,35 @@ import csv
 import json
 import re
 from collections import defaultdict
+from math import log
 from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- results: .*? -->\n).*?(<!-- end of results -->)", re.DOTALL)
+
+BITS = re.compile(r"w(\d)a(\d+)(?:kv(\d))?")
+"""In the name of a configuration: bits of weights, activations and KV cache."""
+
+
+def order(config: str, by_text: dict[str, list[float]]) -> tuple[float, ...]:
+    """Key of a line: unquantized first, then more bits before fewer, then lower perplexity before higher."""
+    found = BITS.search(config)
+    if found is None:
+        return (0,)
+    weight, activation, kv = found.groups()
+    return (
+        1,
+        -int(activation),
+        -int(kv or 16),
+        -int(weight),
+        mean(log(mean(v)) for v in by_text.values()),
+    )
+
+
+def chip(device: str) -> str:
+    """``NVIDIA H100 80GB HBM3`` -> ``H100``."""
+    return device.removeprefix("NVIDIA ").split(" ")[0]
 
 
 def table(rows: list[dict[str, str]]) -> str:
@@ -23,10 +47,10 @@ def table(rows: list[dict[str, str]]) -> str:
     lines = [
         f"| {model}, windows of {seq_len} | "
         + " | ".join(f"{t} ({windows[t]})" for t in texts)
-        + " | seeds | seconds | GB |",
-        "|---|" + "---|" * (len(texts) + 3),
+        + " | seeds | seconds | GB | measured |",
+        "|---|" + "---|" * (len(texts) + 4),
     ]
-    for config, by_text in sorted(values.items(), key=lambda v: (v[0] != "unquantized", v[0])):
+    for config, by_text in sorted(values.items(), key=lambda item: order(*item)):
         cells = [f"{mean(by_text[t]):.3f}" if by_text[t] else "" for t in texts]
         seeds = max(len(found) for found in by_text.values())
         runs = [row for row in used if row["config"] == config]
@@ -34,11 +58,10 @@ def table(rows: list[dict[str, str]]) -> str:
         cost = [
             f"{mean(timed):.0f}" if timed else "",
             f"{max(float(r['peak_memory_gb']) for r in runs):.1f}",
+            ", ".join(sorted({f"{chip(r['device'])} {r['commit']}" for r in runs})),
         ]
         lines.append(f"| {config} | " + " | ".join([*cells, str(seeds), *cost]) + " |")
-    sources = {
-        name: ", ".join(sorted({row[name] for row in used})) for name in ("device", "torch", "commit")
-    }
+    torch = ", ".join(sorted({row["torch"] for row in used}))
     settings = [json.loads(row["settings"]) for row in used if row["settings"] != "null"]
     how = ""
     if settings:
@@ -51,7 +74,7 @@ def table(rows: list[dict[str, str]]) -> str:
         "",
         how
         + "Seconds to quantize (none where runs shared a GPU; on a CPU beside other work), and peak GB while doing so. "
-        + "Measured on {device}; PyTorch {torch}; commit {commit}.".format(**sources),
+        + f"Measured: where, and at which commit; PyTorch {torch}.",
         "",
     ]
     return "\n".join(lines) + "\n"

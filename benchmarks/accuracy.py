@@ -8,7 +8,7 @@ system), or a name of the table's older rows, each with changes behind a colon: 
 All calibrate on the same tokens. Rows go to benchmarks/results/accuracy.csv as they come, with seconds and peak
 memory; a row that is there already (same model, text, configuration and seed) is not run again. Seeds are the
 outer loop. Several jobs can share one GPU (--jobs); their seconds would say nothing and are left out. A job that
-fails is reported and the others go on. ``--plot`` draws what the CSV has of this model.
+fails is reported and the others go on. ``--plot`` draws what the CSV has of this model and these texts.
 """
 
 import argparse
@@ -170,7 +170,7 @@ def main() -> int:
         "--seconds", type=float, default=math.inf, help="stop then, with the rows so far"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--plot", type=Path, metavar="PNG", help="perplexity against seconds")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="perplexity of each configuration")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
 
@@ -217,7 +217,8 @@ def main() -> int:
     failed = measure(jobs, args.jobs, deadline, args.out)
     if args.plot:
         with args.out.open(newline="") as f:
-            plot([r for r in csv.DictReader(f) if r["model"] == name], args.plot)
+            rows = [r for r in csv.DictReader(f) if r["model"] == name and r["text"] in counts]
+        plot(rows, args.plot)
     return int(failed)
 
 
@@ -245,32 +246,33 @@ def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
 
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Perplexity, mean over seeds, against seconds of calibration where a run was timed: a panel for each text, its
-    unquantized perplexity as a line. rows: of the CSV, one model's."""
+    """Dots of perplexity, mean over seeds, a line for each configuration (best first, by all texts) and a panel for
+    each text, its unquantized perplexity as a dashed line. rows: of the CSV, one model's."""
     from matplotlib import pyplot
 
     texts = sorted({row["text"] for row in rows})
-    figure, panels = pyplot.subplots(1, len(texts), figsize=(7 * len(texts), 6), squeeze=False)
+    most = {t: max(int(row["windows"]) for row in rows if row["text"] == t) for t in texts}
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if int(row["windows"]) == most[row["text"]]:
+            by_text = found.setdefault(row["config"], {})
+            by_text.setdefault(row["text"], []).append(float(row["perplexity"]))
+    original = found.pop("unquantized", {})
+    configs = sorted(found, key=lambda c: -mean(math.log(mean(v)) for v in found[c].values()))
+    figure, panels = pyplot.subplots(
+        1, len(texts), figsize=(2 + 3 * len(texts), 1 + 0.25 * len(configs)), squeeze=False, sharey=True
+    )
     for text, axes in zip(texts, panels[0], strict=True):
-        here = [row for row in rows if row["text"] == text]
-        most = max(int(row["windows"]) for row in here)
-        here = [row for row in here if int(row["windows"]) == most]
-        for config in sorted({row["config"] for row in here}):
-            found = [row for row in here if row["config"] == config]
-            y = mean(float(row["perplexity"]) for row in found)
-            if config == "unquantized":
-                axes.axhline(y, color="0.6", linestyle="--")
-                continue
-            timed = [float(row["seconds"]) for row in found if row["seconds"]]
-            if not timed:
-                continue
-            x = mean(timed)
-            axes.plot(x, y, "o")
-            axes.annotate(config, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.set(title=f"{text} ({most} windows)", xlabel="seconds to quantize", ylabel="perplexity")
-        axes.set_xscale("log")
+        here = [c for c in configs if text in found[c]]
+        axes.plot([mean(found[c][text]) for c in here], [configs.index(c) for c in here], "o")
+        if text in original:
+            axes.axvline(mean(original[text]), color="0.6", linestyle="--")
+        axes.set_yticks(range(len(configs)), configs)
+        axes.set_title(f"{text} ({most[text]} windows)", fontsize=9)
+        axes.set_xlabel("perplexity")
+        axes.grid(axis="y", color="0.9")
     figure.tight_layout()
-    figure.savefig(file, dpi=150)
+    figure.savefig(file, dpi=90)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ OMNIQUANT_SETTINGS: dict[str, Any] = {
 }
 SCALINGS: dict[str, NamedRecipe] = {
     "omniquant-w4a4": NamedRecipe(
-        "learned diagonals and weight clips, trained on the quantized chain; no on-line cost",
+        "learned diagonals and weight clips; no on-line cost, far behind rotations where there are outliers",
         OMNIQUANT_SETTINGS,
     ),
     "omniquant-w4a16": NamedRecipe(

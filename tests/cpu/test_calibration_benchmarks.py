@@ -69,6 +69,29 @@ def test_comparison_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     assert "FAILED bad 0 broke" in text and "not done: late 0" in text
 
 
+def test_table_and_plot_of_rows_without_seconds(tmp_path):
+    rows = [
+        {
+            "model": "m", "text": "t", "config": config, "perplexity": figure, "windows": windows, "seq_len": "8",
+            "seconds": "", "peak_memory_gb": "1", "settings": "null", "device": device, "torch": "2", "commit": "c",
+        }
+        for config, figure, windows, device in (
+            ("quarot-w4a4", "7", "4", "NVIDIA H200"), ("quarot-w4a4", "9", "4", "NVIDIA H100 80GB HBM3"),
+            ("w4a4kv4-rtn", "5", "4", "cpu"), ("flatquant-w4a4", "6", "4", "cpu"), ("w4a16-rtn", "9", "4", "cpu"),
+            ("unquantized", "4", "4", "cpu"), ("magr-w3a16", "3", "4", "cpu"), ("flatquant-w4a4", "99", "2", "cpu"),
+        )
+    ]  # fmt: skip
+    lines = script(ROOT / ".ci" / "readme_table.py").table(rows).splitlines()
+    order = ["unquantized", "w4a16-rtn", "magr-w3a16", "flatquant-w4a4", "quarot-w4a4", "w4a4kv4-rtn"]
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:8]] == order
+    assert lines[5:7] == [
+        "| flatquant-w4a4 | 6.000 | 1 |  | 1.0 | cpu c |",
+        "| quarot-w4a4 | 8.000 | 2 |  | 1.0 | H100 c, H200 c |",
+    ]
+    script(ROOT / "benchmarks" / "accuracy.py").plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_best_stands_for_the_settings_that_did_best(tmp_path):
     ablation = script(ROOT / "benchmarks" / "ablation.py")
     out = tmp_path / "rows.csv"
