@@ -127,7 +127,7 @@ class Run:
         plan = self.plan(model)
         length = plan["decode_prompt"] + plan["decode_tokens"] + 2 * plan["decode_ends"]
         prefill = max(batch * (prompt + 64) for batch, prompt in plan["prefill"])
-        return max(prefill, max(plan["decode"]) * (length + 64), ENGINE["max_model_len"])
+        return max(prefill, max(plan["decode"]) * (length + 32), ENGINE["max_model_len"])
 
     def options(self, model: str, name: str) -> dict[str, Any]:
         """The engine's options for a format."""
