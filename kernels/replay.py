@@ -6,6 +6,7 @@ the results and the memory in between are: the same compiled kernels run, on the
 
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,7 @@ class Launch:
             if _is_descriptor(argument):
                 make = descriptor(argument, seen)
                 seen += 1
-                self._args += make(argument.base)
+                self._args += make(_Address(argument.base.data_ptr()))  # a tensor would stay in memory
                 if place is not None:
                     self._maps.append((at, *place, make, {}))
                 continue
@@ -243,6 +244,12 @@ def _span(argument: Any) -> tuple[int, int] | None:
     last = sum((n - 1) * s for n, s in zip(argument.shape, argument.stride(), strict=True))
     at = argument.data_ptr()
     return at, at + (last + 1) * argument.element_size() * (argument.numel() > 0)
+
+
+def apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two reach the same memory: then an address says which of them a kernel was given."""
+    spans = sorted(_span(x) for x in tensors if x.numel())  # type: ignore[type-var]
+    return all(one[1] <= other[0] for one, other in pairwise(spans))  # type: ignore[index]
 
 
 def _find(span: tuple[int, int], among: Sequence[Any]) -> tuple[int, int] | None:

@@ -33,7 +33,7 @@ def chain_operators(graph: fx.Graph) -> int:
             inside[node] = inside[node.args[0]]
         elif node.target is operator.getitem and node.args[0] in inside:
             inside[node] = [*inside[node.args[0]][:2], node.args[1]]
-        elif any(source in inside for source in node.all_input_nodes):
+        elif _writes(node) or any(source in inside for source in node.all_input_nodes):
             replaced += _replace(graph, group, inside)
             group, inside = [], {}
     return replaced
@@ -89,6 +89,13 @@ def _operator(node: fx.Node) -> str:
         return ""
     space, _, name = node.target.name().partition("::")
     return name if space == "flatquant" and name in CHAINED else ""
+
+
+def _writes(node: fx.Node) -> bool:
+    """Whether ``node`` can change a tensor, now or when it becomes in-place again: a call must not move behind it."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _same_value(node: fx.Node) -> Any:

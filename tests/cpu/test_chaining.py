@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -126,6 +127,23 @@ def test_intermediate_read_elsewhere_is_a_result(layer):
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
+def test_no_call_moves_behind_what_changes_its_input(layer):
+    """In place now, or again once vLLM undoes functionalization, which does not look at other readers."""
+
+    def function(x, residual, norm, left, wide, clip, heads, gate_up, down):
+        codes, scale = OPS.kron_quant(x, left, None, clip, 4)
+        x.add_(1)
+        return OPS.w4_gemm(codes, scale, *heads, None, torch.bfloat16), x + 0
+
+    inputs = list(layer.values())
+    wanted = function(layer["x"].clone(), *inputs[1:])
+    module = make_fx(function, tracing_mode="fake")(*inputs)
+    chain_operators(module.graph)
+    module.recompile()
+    for actual, expected in zip(module(layer["x"].clone(), *inputs[1:]), wanted, strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_chain_passes_opcheck(layer):
     graph, *_ = chained(decoder(), layer)
     node = next(n for n in graph.nodes if "chain" in str(n.target))
@@ -168,6 +186,10 @@ class Kernel:
 
 
 KERNEL = Kernel()
+
+
+class Descriptor:
+    block_shape = (1, 4)
 
 
 def add(a, b, factor):
@@ -252,6 +274,33 @@ def test_inputs_with_one_address_are_not_recorded(device):
         torch.testing.assert_close(made.run([b, b])[0], 3 * b)
 
 
+def test_inputs_that_overlap_are_not_recorded(device):
+    """Where one lies within another, nobody could tell which of them a kernel was given."""
+    steps = [["add", [["in", 1], ["in", 1], 0]], ["add", [["out", 0, None], ["in", 0], 0]]]
+    made = program(*steps, results=[["out", 1, None]])
+    room = torch.randn(16)
+    for outer, inner in (
+        (room, room[8:]),
+        (room.clone(), torch.randn(8)),
+        (room.clone(), torch.randn(8)),
+    ):
+        assert torch.equal(made.run([outer, inner])[0], inner)
+    assert len(made.recordings) == 1
+
+
+def test_recording_keeps_no_tensor(device):
+    """Nor the memory behind a descriptor, where Triton's own launcher gets one at every start."""
+    base = torch.zeros(4)
+    descriptor = Descriptor()
+    descriptor.base, descriptor.shape, descriptor.strides = base, [1, 4], [4, 1]
+    start = replay.Start(Compiled(), (1,), [descriptor, base, 3])
+    made = replay.Launch(start, {0: replay.Place(0, 0), 1: replay.Place(0, 0)})
+    address, gone = base.data_ptr(), weakref.ref(base)
+    del base, start, descriptor
+    assert gone() is None
+    assert made._args[0].base.data_ptr() == made._args[1] == address
+
+
 def test_recordings_are_for_one_shape_stride_and_alignment(device):
     made = program(["add", [*IN, 2]], results=[["out", 0, None]])
     room = torch.randn(64)
@@ -267,6 +316,14 @@ def test_inputs_must_be_what_the_program_was_made_for(device):
     made = chain_module.Program(json.dumps(text | {"results": [["out", 0, None]]}))
     with pytest.raises(ValueError, match=r"input 1 of a chain is torch.float32 \(4,\)"):
         made.run([torch.zeros(4), torch.zeros(4)])
+
+
+def test_stride_of_a_dimension_of_size_one_is_nobodys_business(device):
+    text = {"inputs": [["float32", [1, 8], [8, 1]]] * 2, "steps": [["add", [*IN, 2]]]}
+    made = chain_module.Program(json.dumps(text | {"results": [["out", 0, None]]}))
+    a, b = torch.randn(1, 8), torch.randn(1, 8).as_strided((1, 8), (1, 1))
+    for _ in range(2):
+        torch.testing.assert_close(made.run([a, b])[0], a + 2 * b)
 
 
 def test_number_of_recordings_is_bounded(device, monkeypatch):
