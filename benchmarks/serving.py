@@ -109,6 +109,10 @@ class Run:
         """The model's name in the results."""
         return model if self.size == 1 else f"{model} tp{self.size}"
 
+    def folder(self, model: str, name: str) -> Path:
+        """Where a format of a model is written and logged."""
+        return self.work / model / name
+
     def row(self, model: str, name: str, **values: Any) -> dict[str, Any]:
         """A row of the results."""
         return self.common | {"model": self.label(model), "format": name} | values
@@ -163,7 +167,7 @@ class Run:
 
     def engine(self, model: str, name: str, wanted: list[str], go: Path) -> Engine:
         """Start one format's engine, which measures once there is a file ``go``."""
-        work = self.work / name
+        work = self.folder(model, name)
         folder = write_model(work / "model", model, FORMATS[name], self.size)
         job = {
             "model": str(folder),
@@ -185,7 +189,9 @@ class Run:
 
     def log(self, model: str, name: str) -> str:
         """A format's logs; for graphs from the compile cache, also what was said when they were compiled."""
-        text = "".join(path.read_text(errors="replace") for path in (self.work / name).glob("*log"))
+        text = "".join(
+            path.read_text(errors="replace") for path in self.folder(model, name).glob("*log")
+        )
         kept = self.cache(model, name) / "fusion.txt"
         if lines := fusion_lines(text):
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -255,17 +261,17 @@ class Run:
 def measure_group(model: str, todo: list[tuple[Run, str, list[str]]]) -> None:
     """Start several formats' engines at once, then measure one after the other, the rest idle."""
     engines: list[tuple[Run, str, Engine, Path, str | None]] = []
-    for run, name, wanted in todo:
-        if run.fits(model, name) and run.args.serve:
-            run.take(model, name, serving_live.measure(run, model, name))
-        elif run.fits(model, name):
-            alone = run.start_measure(model, name) if len(todo) == 1 else None
-            go = run.work / name / "go"
-            engines.append((run, name, run.engine(model, name, wanted, go), go, alone))
-        else:
-            print(f"{run.label(model)} {name}: does not fit", flush=True)
-            run.add(run.row(model, name, measure="fits", value=0))
     try:
+        for run, name, wanted in todo:
+            if run.fits(model, name) and run.args.serve:
+                run.take(model, name, serving_live.measure(run, model, name))
+            elif run.fits(model, name):
+                alone = run.start_measure(model, name) if run.args.together == 1 else None
+                go = run.folder(model, name) / "go"
+                engines.append((run, name, run.engine(model, name, wanted, go), go, alone))
+            else:
+                print(f"{run.label(model)} {name}: does not fit", flush=True)
+                run.add(run.row(model, name, measure="fits", value=0))
         for _, _, engine, _, _ in engines:
             engine.wait_until_ready()
         for run, name, engine, go, alone in engines:
@@ -329,6 +335,8 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=float, default=300, help="seconds for one format")
     args = parser.parse_args()
+    if args.together > 1 and (args.serve or args.starts):
+        parser.error("--together has small KV caches and times no start: not with --serve or --starts")
     args.work, args.cache = args.work.resolve(), args.cache.resolve()
     args.begin = datetime.datetime.now()
     return args

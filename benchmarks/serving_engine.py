@@ -6,6 +6,7 @@ vLLM's engine runs in this process, so that all requests of a measurement are th
 
 import cProfile
 import json
+import os
 import pstats
 import statistics
 import sys
@@ -138,7 +139,7 @@ def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None], fold
 
 def main() -> None:
     """Start the engine, measure, write lines."""
-    job = json.loads(sys.argv[1])
+    job, parent = json.loads(sys.argv[1]), os.getppid()
     out = Path(job["out"])
 
     def write(**row: Any) -> None:
@@ -159,6 +160,8 @@ def main() -> None:
             free, total = torch.cuda.mem_get_info()
             write(measure="memory_used", value=(total - free) / 2**30, unit="GiB")
     while not Path(job["go"]).exists():
+        if os.getppid() != parent:
+            sys.exit("whoever was to say when to measure is gone")
         time.sleep(0.1)
 
     plan = job["plan"]

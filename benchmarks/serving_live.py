@@ -31,7 +31,8 @@ LAST = f"rate{RATES[-1]}_{list(FIGURES)[-1]}"
 
 def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
     """Rows of one format: throughput, and latencies at each request rate. What fails is an error row."""
-    folder = write_model(run.work / name / "model", model, FORMATS[name], run.size)
+    work = run.folder(model, name)
+    folder = write_model(work / "model", model, FORMATS[name], run.size)
     environment = run.environment(model, name)
     tiny = model == "tiny"
     sizes = [
@@ -43,20 +44,18 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
     data = ["--dataset-name", "random", *sizes, "--seed", "0"]
     options = _options(run.options(model, name))
     try:
-        yield from _throughput(
-            run.work / name, folder, [*data, *options], 4 if tiny else 1000, environment
-        )
+        yield from _throughput(work, folder, [*data, *options], 4 if tiny else 1000, environment)
         with serve(
             folder,
             *options,
-            log=run.work / name / "serve.log",
+            log=work / "serve.log",
             timeout=run.args.limit,
             env=environment,
             vllm=VLLM,
         ) as server:
             for rate in RATES:
                 count = 8 if tiny else 12 * rate
-                yield from _rate(run.work / name, folder, server.address, data, rate, count, environment)
+                yield from _rate(work, folder, server.address, data, rate, count, environment)
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         yield {"error": f"{name}: {error}"}
 

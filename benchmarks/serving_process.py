@@ -41,6 +41,8 @@ class Engine:
     ) -> None:
         self.out, self.log, self.limit, self.problem = Path(job["out"]), log, limit, ""
         log.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in (self.out, Path(job["go"])):  # of a run that began in the same second
+            left_over.unlink(missing_ok=True)
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 [sys.executable, str(script), json.dumps(job)],

@@ -63,7 +63,7 @@ def run(benchmarks, tmp_path, monkeypatch):
 
 def test_warm_start_is_judged_by_the_start_that_compiled(benchmarks, run):
     def label(log):
-        work = now.work / "flatquant-w4a4"
+        work = now.folder("tiny", "flatquant-w4a4")
         work.mkdir(parents=True, exist_ok=True)
         (work / "log").write_text(log)
         return benchmarks.ran_as("flatquant-w4a4", now.log("tiny", "flatquant-w4a4"))[0]
@@ -139,7 +139,7 @@ with open(job["out"], "a") as file:
     while not Path(job["go"]).exists():
         time.sleep(0.05)
     with (folder / "turns").open("a") as turns:
-        print("begin", name, len(list(folder.glob("work/*/*/*/rows.jsonl"))), file=turns, flush=True)
+        print("begin", name, len(list(folder.glob("work/*/*/*/*/rows.jsonl"))), file=turns, flush=True)
         for measure in job["wanted"]:
             print(json.dumps(dict(measure=measure, value=1.0, unit="ms", spread=0, repeats=1)), file=file, flush=True)
         time.sleep(0.5)
@@ -160,3 +160,56 @@ def test_engines_that_start_together_measure_in_turn(benchmarks, run, tmp_path, 
     assert [row["format"].split()[0] for row in rows] == ["bf16"] * 4 + ["fp8"] * 4
     assert {row["measure"] for row in rows} == set(now.measures("tiny"))
     assert "w8a8-int8: failed (ended with 1 before it was done)" in capsys.readouterr().out
+
+
+MODEL = """
+import json, sys
+from pathlib import Path
+
+job = json.loads(sys.argv[1])
+layers = json.loads((Path(job["model"]) / "config.json").read_text())["num_hidden_layers"]
+rows = [dict(measure=measure, value=layers, unit="ms") for measure in ("start", *job["wanted"], "finished")]
+with open(job["out"], "a") as file:
+    file.writelines(json.dumps(row) + chr(10) for row in rows)
+"""
+
+
+def test_every_model_of_a_run_is_measured(benchmarks, run, tmp_path, monkeypatch):
+    """Not the rows of the model before it taken for its own."""
+    (tmp_path / "serving_engine.py").write_text(MODEL)
+    monkeypatch.setattr(benchmarks, "HERE", tmp_path)
+    now = run("--formats=bf16")
+    layers = {name: benchmarks.MODELS[name]["num_hidden_layers"] for name in ("tiny", "llama-3-8b")}
+    for model in layers:
+        benchmarks.measure_group(model, [(now, *item) for item in now.todo(model).items()])
+    rows = benchmarks.read_rows(tmp_path / "rows.csv")
+    assert {(row["model"], float(row["value"])) for row in rows} == set(layers.items())
+    for model in layers:
+        found = {row["measure"] for row in rows if row["model"] == model}
+        assert found == {"start_cold", *now.measures(model)}
+
+
+def test_engines_are_ended_where_another_cannot_start(benchmarks, run, tmp_path, monkeypatch):
+    (tmp_path / "serving_engine.py").write_text("import time; time.sleep(30)")
+    monkeypatch.setattr(benchmarks, "HERE", tmp_path)
+    now, started = run("--formats=bf16,fp8", "--together=2"), []
+    start = now.engine
+
+    def engine(*arguments):
+        if started:
+            raise OSError("the disk is full")
+        started.append(start(*arguments))
+        started[0].problem = "no need to wait for it"
+        return started[0]
+
+    monkeypatch.setattr(now, "engine", engine)
+    with pytest.raises(OSError, match="the disk is full"):
+        benchmarks.measure_group("tiny", [(now, name, []) for name in ("bf16", "fp8")])
+    assert started[0].process.poll() is not None
+
+
+@pytest.mark.parametrize("option", ["--serve", "--starts"])
+def test_together_is_refused_where_it_would_change_the_figures(run, option, capsys):
+    with pytest.raises(SystemExit):
+        run("--together=2", option)
+    assert "not with --serve or --starts" in capsys.readouterr().err
