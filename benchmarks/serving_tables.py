@@ -126,15 +126,19 @@ def print_profile(rows: list[Row], most: int = 14) -> None:
 
 
 def plot(results: Path, out: Path) -> None:
-    """Ratios to bf16 of every format, a panel for each model and GPU."""
+    """Ratios to bf16 of every format, a panel for each model and GPU on which a peer was measured."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {key: runs for key, runs in collect(read_rows(results)).items() if len(runs) > 1}
+    found = {
+        key: runs
+        for key, runs in collect(read_rows(results)).items()
+        if any(name != "bf16" and not name.startswith("flatquant") for name in runs)
+    }
     if not found:
-        raise SystemExit(f"{results} has no format beside bf16; measure first")
+        raise SystemExit(f"{results} has no peer beside bf16; measure fp8, say, first")
     figure, panels = plt.subplots(len(found), 1, figsize=(10, 4.6 * len(found)), squeeze=False)
     for axes, ((model, gpu, vllm), runs) in zip(panels[:, 0], found.items(), strict=True):
         measures = _of(runs, ("prefill_", "decode_"))
