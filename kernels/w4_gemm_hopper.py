@@ -273,7 +273,8 @@ _turn = 0
 def _counters(device: torch.device, tiles: int) -> Tensor:
     """Zeroed arrival counters for ``tiles`` tiles; every kernel leaves them zero.
 
-    Launches take turns in 64 sets, so that two streams would have to be 64 launches apart to share one.
+    Launches take turns in 64 sets, so that two streams would have to be 64 launches apart to share one. A CUDA graph and
+    a recording (``replay.py``) keep the set they were made with: neither may run on two streams at once.
     """
     global _turn
     if tiles > _TILES:
