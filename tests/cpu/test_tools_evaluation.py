@@ -3,15 +3,13 @@
 import gzip
 import json
 import math
-import os
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from eval_process import ROOT, evaluate
 from huggingface_hub import ModelCard
 from tiny_model import edit_config, edit_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +20,6 @@ from vllm_flatquant.tools.evaluation import default_dtype
 from vllm_flatquant.tools.protocols import evaluation_windows
 from vllm_flatquant.tools.served import small_cache
 
-ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny-llama"
 LINES = ["", " = Title = ", "", "def one():", "    return 1", "", "The second part is prose."] * 120
 
@@ -231,28 +228,19 @@ def test_tasks_without_lm_eval_say_how_to_install_it(run, checkpoint, monkeypatc
 
 @pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed")
 def test_tasks_of_lm_eval_on_both_backends(checkpoint, task_folder):
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "vllm_flatquant.cli", "eval", str(checkpoint)),
-            *("--tasks", "tiny_choice,tiny_text", "--include-path", str(task_folder)),
-            *("--backend", "both", "--original", str(TINY), "--update-card", "--json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(task_folder / "cache")},
-        cwd=ROOT,
-        check=False,
+    scores, printed = evaluate(
+        checkpoint,
+        *("--tasks", "tiny_choice,tiny_text", "--include-path", task_folder),
+        *("--backend", "both", "--original", TINY, "--update-card"),
+        environment={"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(task_folder / "cache")},
     )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    scores = json.loads(done.stdout.strip().splitlines()[-1])
     assert set(scores) == {"reference", "vllm", "original"}
     for found in scores.values():
         assert found["tiny_choice"]["acc"] == 1.0
     reference = scores["reference"]["tiny_text"]["byte_perplexity"]
     assert scores["vllm"]["tiny_text"]["byte_perplexity"] == pytest.approx(reference, rel=1e-2)
     assert scores["original"]["tiny_text"]["byte_perplexity"] != pytest.approx(reference, rel=1e-6)
-    assert "vllm - ref" in done.stdout
+    assert "vllm - ref" in printed
     card = ModelCard.load(checkpoint / "README.md")
     named = {(r.dataset_name, r.metric_name) for r in card.data.eval_results}
     assert {("tiny_choice", "acc"), ("tiny_text", "byte_perplexity")} <= named
