@@ -15,6 +15,8 @@ TORCH_INDEX ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 GPU_PYTHON = $(if $(PYTHON_GIVEN),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 GPU_CSV ?= benchmarks/results/gpu_tests.csv
+# Of the CPU tests, each with one thread; a process and its engine take up to 4 GB.
+TEST_PROCESSES ?= 2
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -71,7 +73,7 @@ lint: $(STAMP_DEV) ## ruff and mypy
 	$(BIN)/mypy
 
 test-cpu: $(STAMP_DEV)
-	$(BIN)/python -m pytest tests/cpu --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/cpu -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder --durations=10
 
 # The interpreter is chosen when Triton is imported: hence a process of its own.
 test-interpret: $(STAMP_DEV)

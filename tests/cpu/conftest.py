@@ -1,4 +1,5 @@
-"""Tests run on two cores beside others: waiting threads must not spin, and helpers are imported by name.
+"""Tests run on two cores beside others: waiting threads must not spin, and helpers are imported by name. The
+longest files go first, so that several processes (``pytest -n``) end at about the same time.
 
 Fixtures: a tiny random model, calibration tokens for it, and the command line.
 """
@@ -15,6 +16,25 @@ if shutil.which("g++") is None:
     # vLLM compiles a part of its sampler even when it is told to be eager.
     os.environ["TORCH_COMPILE_DISABLE"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+LONGEST = [
+    f"test_{name}.py"
+    for name in (
+        *(
+            "serving_perplexity",
+            "example_accuracy",
+            "recipes_accuracy",
+            "serving_engine",
+            "serving_features",
+        ),
+        *("resume", "data_parallel", "calibration_endtoend", "plan", "docs"),
+    )
+]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (LONGEST + [item.path.name]).index(item.path.name))
 
 
 @pytest.fixture

@@ -3,44 +3,37 @@
 Margins are about half of what these settings measured (unquantized 11.4, plain RTN W4A4 far above).
 """
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from vllm_flatquant.calibration.data import evaluation_tokens
-from vllm_flatquant.calibration.evaluate import perplexity, windows
-from vllm_flatquant.calibration.quantize import quantize
-from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.evaluate import perplexity
+from vllm_flatquant.calibration.recipes import DEFAULT
 from vllm_flatquant.calibration.reference import load_reference
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-MODEL = EXAMPLES / "tiny-llama"
+from .example_model import MODEL, Checkpoints
+
+FEW = {"samples": 16, "seq_len": 256, "epochs": 4}
 
 
 @pytest.fixture(scope="module")
-def rows():
-    return windows(evaluation_tokens(MODEL, str(EXAMPLES / "heldout.txt"), None, None), 512, 8)
+def checkpoints(tmp_path_factory):
+    return Checkpoints(tmp_path_factory.mktemp("q"), 8)
 
 
 @pytest.fixture(scope="module")
-def measure(rows, tmp_path_factory):
+def full(checkpoints):
+    """Perplexity of the unquantized model."""
+    return perplexity(load_reference(MODEL), checkpoints.rows)
+
+
+@pytest.fixture(scope="module")
+def measure(checkpoints):
     """Perplexity of a recipe's checkpoint, quantized once."""
-    known = {}
-
-    def run(**settings):
-        key = tuple(sorted(settings.items()))
-        if key not in known:
-            out = tmp_path_factory.mktemp("q") / "out"
-            recipe = make_recipe(**{"samples": 16, "seq_len": 256, "epochs": 4, **settings})
-            known[key] = perplexity(load_reference(quantize(MODEL, out, recipe, "stdlib", "cpu")), rows)
-        return known[key]
-
-    return run
+    return lambda **settings: checkpoints.make(DEFAULT, **{**FEW, **settings})[0]
 
 
-def test_unquantized(rows):
-    assert 8 < perplexity(load_reference(MODEL), rows) < 14
+def test_unquantized(full):
+    assert 8 < full < 14
 
 
 def test_training_and_gptq_help(measure):
@@ -50,8 +43,7 @@ def test_training_and_gptq_help(measure):
     assert measure(epochs=0, weight_clip=False, rounding="gptq") < 0.995 * untrained
 
 
-def test_more_bits_are_better(measure, rows):
-    full = perplexity(load_reference(MODEL), rows)
+def test_more_bits_are_better(measure, full):
     w4a4, w4a8, w4a16 = measure(), measure(scheme="w4a8"), measure(scheme="w4a16")
     assert full < w4a16 < 1.01 * w4a8
     assert w4a8 < 0.99 * w4a4
@@ -69,8 +61,8 @@ def test_shards_cost_little(measure):
         assert measure(shards=shards) < 1.03 * measure()
 
 
-def test_perplexity_of_a_uniform_model_is_the_vocabulary(rows):
+def test_perplexity_of_a_uniform_model_is_the_vocabulary(checkpoints):
     model = load_reference(MODEL)
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    assert perplexity(model, rows[:1]) == pytest.approx(2048, rel=1e-4)
+    assert perplexity(model, checkpoints.rows[:1]) == pytest.approx(2048, rel=1e-4)
