@@ -35,6 +35,14 @@ def converted(run, source, out, *options):
     return out, printed, seen
 
 
+def in_blocks(seen):
+    """Name, site, prefix of the block, input and output of each linear but the head."""
+    for name, (x, y) in seen.items():
+        if name != "lm_head":
+            block, linear = name.split(".", 3)[2:]
+            yield name, SITE_OF[linear], f"model.layers.{block}.", x, y
+
+
 def expected(x, matrix, weight, bias, clip):
     """``quantize(x @ matrix) @ weight.T + bias`` in float64; clip None: activations stay."""
     z = x.double().flatten(0, -2) @ matrix.double()
@@ -69,11 +77,7 @@ def test_realquant(run, model, tmp_path):
         run, tmp_path / "source", tmp_path / "out", "--scheme", "w4a4", "--kv", 4
     )
     ratios = {}
-    for name, (x, y) in seen.items():
-        if name == "lm_head":
-            continue
-        block, linear = name.split(".", 3)[2], name.split(".", 3)[3]
-        site, p = SITE_OF[linear], f"model.layers.{block}."
+    for name, site, p, x, y in in_blocks(seen):
         trans = p + OFFICIAL[site]
         if site == "o":
             matrix = dense(site, source[f"{trans}.matrix"])
@@ -128,11 +132,7 @@ def test_squeezebits(run, model, tmp_path, repeated):
     source = foreign.squeezebits(model, tmp_path / "source", repeated)
     out, printed, seen = converted(run, tmp_path / "source", tmp_path / "out")
     weights = {}
-    for name, (x, y) in seen.items():
-        if name == "lm_head":
-            continue
-        block, linear = name.split(".", 3)[2], name.split(".", 3)[3]
-        site, p = SITE_OF[linear], f"model.layers.{block}."
+    for name, site, p, x, y in in_blocks(seen):
         module = p + ("self_attn." if site in ("qkv", "o") else "mlp.") + f"{site}_proj"
         right = source.get(f"{module}.flatquant_right")
         matrix = dense(site, source[f"{module}.flatquant_left"], right)
@@ -157,9 +157,7 @@ def test_ascend(run, model, tmp_path, o_right):
             source[f"model.layers.{i}.self_attn.o_proj.right_trans"] = torch.eye(16).bfloat16()
         save_file(source, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
     out, printed, seen = converted(run, tmp_path / "source", tmp_path / "out")
-    for name, (x, y) in seen.items():
-        if name == "lm_head":
-            continue
+    for name, _, _, x, y in in_blocks(seen):
         if f"{name}.left_trans" in source:
             matrix = dense("", source[f"{name}.left_trans"], source[f"{name}.right_trans"])
             kept = o_right == "identity" or "o_proj" not in name
