@@ -15,7 +15,7 @@ TORCH_INDEX ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 GPU_PYTHON = $(if $(PYTHON_GIVEN),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 GPU_CSV ?= benchmarks/results/gpu_tests.csv
-# Of the CPU tests, each with one thread; a process and its engine take up to 4 GB.
+# Of the CPU tests, each with one thread; each may have an engine of vLLM beside it.
 TEST_PROCESSES ?= 2
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
 
