@@ -18,13 +18,15 @@ from transformers import GenerationConfig
 
 from ..spec import FlatQuantSpec
 from .errors import UserError
+from .golden import embedding_name, norm_name
+from .head import HEAD
 from .meter import free_memory
 from .recipe import Recipe
 from .reference import install_block, load_reference
 from .source import ModelSource
 from .steps import MeanLoss, Steps, cosine
 from .streams import batches, record_inputs, run_block
-from .student import StudentBlock, Tunable
+from .student import Form, StudentBlock, Tunable
 
 LATENT = ".latent"
 """Suffix of a linear's weight before rounding, among a block's tensors, while a last stage needs it."""
@@ -67,18 +69,20 @@ class DistillReport:
 
 
 def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:
-    """Bytes of training the whole model, without its streams: (weights, kept activations, head).
+    """Bytes of training the whole model: (weights, kept activations, embedding and head).
 
-    A weight takes its latent, gradient and AdamW's moments (16 bytes) and 16 of what a step keeps of rounding it.
-    A token leaves, in float32, 32 numbers for each hidden channel of a block, 10 for each intermediate one and 8
-    for each entry of the vocabulary (counted on the CPU with a 4-bit KV cache, rounded up).
+    A weight takes its latent, gradient and AdamW's moments (16 bytes), 16 of what a step keeps of rounding it and 4
+    in the full-precision model beside it. A token leaves, in float32, 32 numbers for each hidden channel of a block,
+    10 for each intermediate one and 8 for each entry of the vocabulary (counted on the CPU with a 4-bit KV cache,
+    rounded up). An entry of the embedding or the head takes 8 bytes, 28 if it is trained.
     """
     config, linears = source.config, source.arch.linears
     shapes = [source.files.shape(f"{source.block_prefix(0)}{name}.weight") for name in linears]
     block = 32 * config.hidden_size + 10 * config.intermediate_size
     kept = recipe.batch_size * recipe.seq_len * (source.num_blocks * block + 8 * config.vocab_size)
     weights = source.num_blocks * sum(math.prod(shape) for shape in shapes)
-    return 32 * weights, 4 * kept, 4 * config.vocab_size * config.hidden_size
+    tables = (1 if is_tied(source) else 2) * config.vocab_size * config.hidden_size
+    return 36 * weights, 4 * kept, (28 if recipe.distill_table_lr else 8) * tables
 
 
 def check_memory(source: ModelSource, recipe: Recipe, device: torch.device) -> None:
@@ -91,28 +95,79 @@ def check_memory(source: ModelSource, recipe: Recipe, device: torch.device) -> N
         )
 
 
-class Head(nn.Module):
-    """Final norm and lm_head in float32; the norm's weight is trainable, the head's is not."""
+def is_tied(source: ModelSource) -> bool:
+    """Whether the head is the embedding."""
+    return source.config.tie_word_embeddings or HEAD not in source.files
 
-    weight: Tensor
 
-    def __init__(self, source: ModelSource, device: torch.device):
+class Ends(nn.Module):
+    """What is outside the blocks, in float32: embedding, final norm and head.
+
+    The norm's weight is trained; the two tables are if ``trained``.
+    """
+
+    def __init__(self, source: ModelSource, device: torch.device, trained: bool = False):
         super().__init__()
-        files, base = source.files, source.arch.blocks.rpartition(".")[0]
-        self.name = f"{base}.norm.weight"
-        norm = files.tensor(self.name)
-        self.gain = Tunable(norm.to(device), "log", None if norm.dtype == torch.float32 else norm.dtype)
-        head = "lm_head.weight" if "lm_head.weight" in files else f"{base}.embed_tokens.weight"
-        self.register_buffer("weight", files.tensor(head).to(device, torch.float32))
+        files = source.files
+        self.trained = trained
+
+        def tunable(name: str, form: Form) -> Tunable:
+            tensor = files.tensor(name)
+            kept = None if tensor.dtype == torch.float32 else tensor.dtype
+            self.stored[name] = tensor.dtype
+            return Tunable(tensor.to(device), form, kept)
+
+        self.stored: dict[str, torch.dtype] = {}
+        self.names = [norm_name(source), embedding_name(source)]
+        self.gain = tunable(self.names[0], "log")
+        self.tables = nn.ModuleList([tunable(self.names[1], "linear")])
+        if not is_tied(source):
+            self.names.append(HEAD)
+            self.tables.append(tunable(self.names[2], "linear"))
+        self.tables.requires_grad_(trained)
         self.norm = type(source.model.model.norm)(source.config.hidden_size, source.config.rms_norm_eps)
         self.norm.weight.requires_grad_(False)
-        self.dtype = norm.dtype
         self.to(device)
 
-    def forward(self, hidden: Tensor, gain: Tensor) -> Tensor:
+    def table(self, index: int) -> Tensor:
+        """The present embedding (0) or head (-1), [vocabulary, hidden]."""
+        return self.tables[index]() if self.trained else self.tables[index].base  # type: ignore[return-value]
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input of the first block [..., hidden] for tokens [...]."""
+        return F.embedding(tokens, self.table(0))
+
+    def forward(self, hidden: Tensor) -> Tensor:
         """Logits [..., vocabulary] of hidden [..., hidden]."""
-        normed = torch.func.functional_call(self.norm, {"weight": gain}, (hidden,))
-        return F.linear(normed, self.weight)
+        return self.logits(hidden, self.gain(), self.table(-1))
+
+    def logits(self, hidden: Tensor, gain: Tensor, head: Tensor) -> Tensor:
+        """``forward`` for any weight [hidden] of the norm and head [vocabulary, hidden]."""
+        return F.linear(torch.func.functional_call(self.norm, {"weight": gain}, (hidden,)), head)
+
+    @torch.no_grad()
+    def export(self) -> dict[str, Tensor]:
+        """What was trained, under full names in the dtypes that came in."""
+        parts = [self.gain, *(self.tables if self.trained else ())]
+        return {n: p().to(self.stored[n]) for n, p in zip(self.names, parts, strict=False)}
+
+
+class Teacher(nn.Module):
+    """The full-precision model, whole on one device in float32. ends: the student's, from whose starts it reads."""
+
+    def __init__(self, source: ModelSource, ends: Ends, device: torch.device):
+        super().__init__()
+        self.blocks = nn.ModuleList(source.load_block(i, device) for i in range(source.num_blocks))
+        self.ends = [ends]  # owned by the student
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor, kwargs: list[dict[str, Any]]) -> Tensor:
+        """Logits [N, T, vocabulary] of tokens int64 [N, T]; kwargs: each block's other arguments."""
+        (ends,) = self.ends
+        x = F.embedding(tokens, ends.tables[0].base)  # type: ignore[arg-type]
+        for block, arguments in zip(self.blocks, kwargs, strict=True):
+            x = block(x, **arguments)
+        return ends.logits(x, ends.gain.base, ends.tables[-1].base)  # type: ignore[arg-type]
 
 
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -120,22 +175,6 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     log_student, log_teacher = student.log_softmax(-1), teacher.log_softmax(-1)
     total = F.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
     return total / (student.numel() // student.shape[-1])
-
-
-@torch.no_grad()
-def teacher_stream(
-    source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device
-) -> tuple[Tensor, Tensor, list[dict[str, Any]]]:
-    """First input and last hidden state of the full-precision model [N, T, hidden], and the blocks' arguments.
-
-    The streams lie on the device if three of them take less than half of its free memory, else on the CPU.
-    """
-    x, kwargs = record_inputs(source, tokens, device)
-    fits = 12 * x.numel() < free_memory(device) / 2
-    first = x = x.to(device if fits else "cpu")
-    for i in range(source.num_blocks):
-        x = run_block(source.load_block(i, device), x, kwargs[i], recipe.batch_size, device)
-    return first, x, kwargs
 
 
 @torch.no_grad()
@@ -206,9 +245,9 @@ def make_students(
     return students
 
 
-def parameter_groups(students: nn.ModuleList, head: Head, recipe: Recipe) -> list[dict[str, Any]]:
-    """Optimizer groups: latent weights (in quantization steps), clips, and the rest."""
-    named = [*students.named_parameters(), *head.named_parameters()]
+def parameter_groups(students: nn.ModuleList, ends: Ends, recipe: Recipe) -> list[dict[str, Any]]:
+    """Optimizer groups: latent weights (in quantization steps), clips, embedding and head, and the rest."""
+    named = [*students.named_parameters(), ("gain.change", ends.gain.change)]
     named = [(n, p) for n, p in named if n.endswith((".change", ".steps"))]
     weights = [p for n, p in named if n.endswith(".steps")]
     clips = [p for n, p in named if n.endswith("clip.change")]
@@ -217,6 +256,8 @@ def parameter_groups(students: nn.ModuleList, head: Head, recipe: Recipe) -> lis
         {"params": rest, "lr": recipe.distill_lr},
         {"params": clips, "lr": recipe.distill_lr * recipe.clip_lr_factor},
     ]
+    if ends.trained:
+        groups.append({"params": [*ends.tables.parameters()], "lr": recipe.distill_table_lr})
     if recipe.distill_weight_lr > 0:
         groups.append({"params": weights, "lr": recipe.distill_weight_lr})
     else:
@@ -243,27 +284,25 @@ def distill(
     step with a non-finite loss or gradient is skipped and counted. The report says what rows that are kept from the
     training (``held_out``) make of it; the caller decides.
     """
-    first, last, kwargs = teacher_stream(source, tokens, recipe, device)
+    kwargs = record_inputs(source, tokens[:1], device)[1]
     students = nn.ModuleList(make_students(source, blocks, spec, device))
-    head = Head(source, device)
-    groups = parameter_groups(students, head, recipe)
+    ends = Ends(source, device, recipe.distill_table_lr > 0)
+    teacher = Teacher(source, ends, device)
+    groups = parameter_groups(students, ends, recipe)
     judges = held_out(min(recipe.samples, len(tokens)))
     rest = torch.tensor([i for i in range(len(tokens)) if i not in judges])
     per_epoch = -(-len(rest) // recipe.batch_size)
     steps = recipe.distill_epochs * per_epoch
 
-    def loss(x: Tensor, hidden: Tensor) -> Tensor:
-        with torch.no_grad():
-            target = head(hidden, head.gain.base)
-        return kl_divergence(head(run_students(students, x, kwargs), head.gain()), target)
+    def loss(rows: Tensor) -> Tensor:
+        target = teacher(rows, kwargs)
+        return kl_divergence(ends(run_students(students, ends.embed(rows), kwargs)), target)
 
     @torch.no_grad()
     def judged() -> float:
         if not judges:
             return math.nan
-        return sum(
-            float(loss(first[i : i + 1].to(device), last[i : i + 1].to(device))) for i in judges
-        ) / len(judges)
+        return sum(float(loss(tokens[i : i + 1].to(device))) for i in judges) / len(judges)
 
     before = judged()
     trainer = Steps(loss, groups, cosine(steps, WARMUP), device, precision=recipe.precision)
@@ -271,15 +310,15 @@ def distill(
     losses: list[MeanLoss] = []
     for epoch in range(recipe.distill_epochs):
         losses.append(MeanLoss(device))
-        order = rest[torch.randperm(len(rest), generator=shuffle)].to(first.device)
+        order = rest[torch.randperm(len(rest), generator=shuffle)]
         for i, rows in enumerate(order.split(recipe.batch_size)):
-            losses[-1].add(trainer.step(first[rows].to(device), last[rows].to(device)), len(rows))
+            losses[-1].add(trainer.step(tokens[rows].to(device)), len(rows))
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)
     after = judged()
     report = DistillReport(float(losses[0]), float(losses[-1]), int(trainer.skipped), before, after)
     exported = [s.export() for s in students]  # type: ignore[operator]
-    return exported, {head.name: head.gain().detach().to(head.dtype)}, report
+    return exported, ends.export(), report
 
 
 def held_out(samples: int) -> range:
@@ -294,9 +333,15 @@ def finished_hidden(
     tokens: Tensor,
     spec: FlatQuantSpec,
     device: torch.device,
+    embedding: Tensor | None = None,
 ) -> Tensor:
-    """Last hidden state [N, T, hidden] of finished blocks (tensors by relative name), on the references."""
+    """Last hidden state [N, T, hidden] of finished blocks (tensors by relative name), on the references.
+
+    embedding: [vocabulary, hidden], if it is not the source's.
+    """
     x, kwargs = record_inputs(source, tokens, device)
+    if embedding is not None:
+        x = F.embedding(tokens, embedding.float().cpu())
     x = x.to(device)
     for i, tensors in enumerate(blocks):
         layer = source.load_block(i, device)

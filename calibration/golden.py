@@ -39,10 +39,14 @@ def norm_name(source: ModelSource) -> str:
     return f"{source.arch.blocks.rpartition('.')[0]}.norm.weight"
 
 
+def embedding_name(source: ModelSource) -> str:
+    """Name of the embedding."""
+    return f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight"
+
+
 def head_name(source: ModelSource, files: WeightFiles) -> str:
     """Name of the head's 16-bit weight: its own, or the embedding's."""
-    embedding = f"{source.arch.blocks.rpartition('.')[0]}.embed_tokens.weight"
-    return HEAD if HEAD in files else embedding
+    return HEAD if HEAD in files else embedding_name(source)
 
 
 @torch.no_grad()

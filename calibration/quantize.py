@@ -42,7 +42,7 @@ from .fingerprint import (
     text_digest,
     token_digest,
 )
-from .golden import final_norm, golden, head_name, norm_name
+from .golden import embedding_name, final_norm, golden, head_name, norm_name
 from .head import head_cost, quantize_head
 from .learned_rotation import find_rotation
 from .meter import metered, total_memory
@@ -340,7 +340,8 @@ def distill_blocks(
     for i, tensors in enumerate(finished):
         save_tensors(folder, {source.block_prefix(i) + n: t for n, t in tensors.items()}, i)
     save_tensors(folder, others, source.num_blocks)
-    x_q = finished_hidden(source, finished, tokens[:1], spec, device)
+    embedding = others.get(embedding_name(source))
+    x_q = finished_hidden(source, finished, tokens[:1], spec, device, embedding)
     store_stream(folder / QUANTIZED, x_q)
     write_text(folder / REPORT, json.dumps(asdict(report) | {"undone": report.worse} | cost) + "\n")
 
@@ -356,10 +357,11 @@ def round_head(
 ) -> None:
     """The stage of an 8-bit head. hidden: output of the last finished block [N, T, hidden]."""
     files = WeightFiles(staging.folder / OTHERS)
-    weight = files.tensor(head_name(source, files))
+    trained = WeightFiles(staging.folder / DISTILLED) if staging.has(DISTILLED) else files
+    name = head_name(source, files)
+    weight = (trained if name in trained else files).tensor(name)
     head = quantize_head(weight)
-    norms = WeightFiles(staging.folder / DISTILLED) if staging.has(DISTILLED) else files
-    norm = final_norm(source, norms if norm_name(source) in norms else files, device)
+    norm = final_norm(source, trained if norm_name(source) in trained else files, device)
     hidden = norm(hidden.to(device, torch.float32))
     report = head_cost(weight, head, hidden, tokens[: len(hidden)])
     save_tensors(folder, head)

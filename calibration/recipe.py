@@ -46,7 +46,8 @@ class Recipe(BaseModel):
     authors have them. gptq_block: columns between two updates of all that follow. magr_alpha, magr_steps: of
     MagR (magr.py), none if 0. weight_scale, weight_shrink: how scales follow from weights (``weights.Grid``).
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
-    distill_weight_lr in quantization steps (0: codes stay), distill_generated adds rows that the model writes.
+    distill_weight_lr in quantization steps (0: codes stay), distill_table_lr relative, of embedding and head (0: they
+    stay), distill_generated adds rows that the model writes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -92,6 +93,7 @@ class Recipe(BaseModel):
     distill_epochs: int = Field(default=0, ge=0)
     distill_lr: float = Field(default=3e-3, gt=0)
     distill_weight_lr: float = Field(default=1e-3, ge=0)
+    distill_table_lr: float = Field(default=0.0, ge=0)
     distill_generated: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 

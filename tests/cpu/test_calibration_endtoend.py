@@ -17,7 +17,6 @@ from vllm_flatquant.calibration.endtoend import (
     kl_divergence,
     make_students,
     run_students,
-    teacher_stream,
 )
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import Callbacks, make_spec, quantize
@@ -95,7 +94,6 @@ def test_every_tensor_is_trained_and_written_as_trained(tmp_path, no_judge, sett
     source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, distill_epochs=30, **settings)
     kept = without_latents(blocks)
     after, others, report = distill(source, blocks, tokens, recipe, spec, CPU)
-    _, last, _ = teacher_stream(source, tokens, recipe, CPU)
     assert report.skipped_steps == 0
     assert report.kl_last_epoch < 0.8 * report.kl_first_epoch
     for old, new in zip(kept, after, strict=True):
@@ -113,7 +111,8 @@ def test_every_tensor_is_trained_and_written_as_trained(tmp_path, no_judge, sett
         module.weight.data = gain.float()
         return module(hidden) @ head.T
 
-    target = logits(last, source.files.tensor("model.norm.weight"))
+    with torch.no_grad():
+        target = load_reference(source.path)(tokens).logits
 
     def loss(tensors, gain):
         return kl_divergence(logits(finished_hidden(source, tensors, tokens, spec, CPU), gain), target)
@@ -152,6 +151,28 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     reports = [distill(source, blocks, rows, recipe, spec, CPU)[2] for rows in (tokens, other)]
     assert reports[0].kl_held_out_before != reports[1].kl_held_out_before
     assert reports[0].kl_last_epoch == reports[1].kl_last_epoch
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2"])
+def test_embedding_and_head_are_trained_and_written_as_trained(tmp_path, calib, no_judge, model_type):
+    model = make_model(tmp_path / "m", model_type)
+    original, tokens = ModelSource(model), random_tokens(4, 24)
+    settings = SMALL | {"distill_table_lr": 1e-3, "distill_epochs": 2}
+    blocks = finished_blocks(tmp_path / "x", model_type, **settings)[-1]
+    source, recipe = original, make_recipe(**settings)
+    spec = make_spec(source, recipe)
+    _, others, report = distill(source, blocks, tokens, recipe, spec, CPU)
+    assert report.kl_last_epoch < report.kl_first_epoch
+    tables = {n for n in source.other_names() if n.endswith(("embed_tokens.weight", "lm_head.weight"))}
+    assert others.keys() == {"model.norm.weight", *tables}
+    for name in tables:
+        before, after = source.files.tensor(name), others[name]
+        assert after.dtype == before.dtype and not torch.equal(before, after)
+        assert (after.float() - before.float()).norm() < 0.05 * before.float().norm()
+    out = quantize(model, tmp_path / "out", recipe, str(calib), "cpu")
+    written = load_file(out / "model.safetensors")
+    assert not any(torch.equal(written[n], source.files.tensor(n)) for n in tables)
+    assert "ok" in next(verify_folder(str(out), "reference"))
 
 
 def test_frozen_codes_stay(tmp_path, no_judge):
@@ -201,23 +222,26 @@ def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):
 
 def test_memory_is_known_before_it_is_needed(tmp_path):
     source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, kv=4, epochs=0)
-    first, last, kwargs = endtoend.teacher_stream(source, tokens[:2], recipe, CPU)
+    kwargs, rows = record_inputs(source, tokens[:1], CPU)[1], tokens[: recipe.batch_size]
     students = torch.nn.ModuleList(make_students(source, blocks, spec, CPU))
-    head, kept = endtoend.Head(source, CPU), {}
+    ends, kept = endtoend.Ends(source, CPU), {}
+    teacher = endtoend.Teacher(source, ends, CPU)
 
     def keep(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = kl_divergence(
-            head(run_students(students, first, kwargs), head.gain()), head(last, head.gain.base).detach()
-        )
+        target = teacher(rows, kwargs)
+        loss = kl_divergence(ends(run_students(students, ends.embed(rows), kwargs)), target)
     loss.backward()
     steps = [p for n, p in students.named_parameters() if n.endswith(".steps")]
     optimizer = 4 * 4 * sum(p.numel() for p in steps)  # value, gradient, two moments
     for p in students.parameters():
         kept.pop(p.untyped_storage().data_ptr(), None)
+    fixed = [p for p in [*teacher.parameters(), *ends.parameters()] if not p.grad_fn and p.grad is None]
+    for t in [*fixed, *ends.buffers()]:
+        kept[t.untyped_storage().data_ptr()] = t
     used = optimizer + sum(t.untyped_storage().nbytes() for t in kept.values())
     assert 1.0 < sum(endtoend.memory_needed(source, recipe)) / used < 1.6
 
