@@ -24,14 +24,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from accuracy import EVAL_BATCH, commit, machine, read_tokens
+from accuracy import commit, machine
+from judging import FLATNESS, appended, judge, left_of, window_counts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from workers import run_jobs
 
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.endtoend import LATENT, distill, generated_tokens
-from vllm_flatquant.calibration.evaluate import perplexity, windows
 from vllm_flatquant.calibration.meter import peak_memory, reset_peaks
 from vllm_flatquant.calibration.quantize import (
     choose_device,
@@ -69,8 +69,11 @@ FIELDS = [
     "transformers",
     "version",
     "commit",
+    *FLATNESS,
 ]
 KL = ("kl_first", "kl_last", "kl_held_before", "kl_held_after")
+KL_TEXT = "kl"
+"""For --choose: the divergence of held-out rows in place of a text."""
 GENERATED = "tokens.safetensors"
 BEST = "best"
 
@@ -152,23 +155,15 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
         kl = (report.kl_first_epoch, report.kl_last_epoch, *held)
     seconds = time.monotonic() - begin
     network = assemble(source, spec, blocks, others, device)
-    rows = []
-    for text, file in job["texts"]:
-        cut = windows(read_tokens(job["model"], file), job["blocks"]["seq_len"], job["limit"])
-        rows.append(
-            {
-                **job["row"],
-                "text": text,
-                "perplexity": f"{perplexity(network, cut, EVAL_BATCH):.4f}",
-                "windows": len(cut),
-                **dict(zip(KL, kl, strict=True)),
-                "blocks_seconds": (job["folder"] / "seconds").read_text(),
-                "last_seconds": f"{seconds:.0f}",
-                "peak_memory_gb": f"{peak_memory(device):.2f}",
-                **machine(device),
-            }
-        )
-    return rows
+    about = {
+        **job["row"],
+        **dict(zip(KL, kl, strict=True)),
+        "blocks_seconds": (job["folder"] / "seconds").read_text(),
+        "last_seconds": f"{seconds:.0f}",
+        **machine(device),
+    }
+    rows = judge(network, job["model"], job["texts"], job["blocks"]["seq_len"])
+    return [{**about, **row, "peak_memory_gb": f"{peak_memory(device):.2f}"} for row in rows]
 
 
 def assemble(
@@ -221,12 +216,13 @@ def main() -> int:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop then, with the rows so far"
     )
-    parser.add_argument("--choose", action="append", help="text that decides the order of the summary")
+    parser.add_argument("--choose", action="append", help="text, or kl, that decides the order")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="windows of each text")
+    parser.add_argument("--first", type=int, help="a row for so many first windows of each text as well")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder where the stage block by block stays")
@@ -249,10 +245,8 @@ def main() -> int:
 
 def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The jobs that are left, most wanted first; those whose stage lies in ``folder`` are not repeated."""
-    texts = [tuple(t.split("=", 1)) for t in args.text]
-    counts = {
-        t: str(len(windows(read_tokens(args.model, f), args.seq_len, args.limit))) for t, f in texts
-    }
+    texts = [(t.partition("=")[0], t.partition("=")[2]) for t in args.text]
+    counts = window_counts(args.model, texts, args.seq_len, args.limit, args.first)
     sizes = {"samples": args.samples, "seq_len": args.seq_len, "epochs": args.epochs}
     about = {"model": Path(args.model).name, "calib": Path(args.calib).name, **sizes}
     same = ("text", "windows", "variant", "seed", *about)
@@ -263,7 +257,6 @@ def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     common = {
         "model": args.model,
         "calib": args.calib,
-        "limit": args.limit,
         "device": args.device,
         "threads": max(1, (os.cpu_count() or 1) // args.jobs),
     }
@@ -284,18 +277,14 @@ def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
     for seed, variant in pairs:
         row = {**about, "variant": variant, "seed": seed, "commit": code}
-        left = [
-            (t, f)
-            for t, f in texts
-            if tuple(str({**row, "text": t, "windows": counts[t]}[k]) for k in same) not in done
-        ]
+        left = left_of(texts, counts, done, *(str(row[k]) for k in same[2:]))
         if not left:
             continue
         blocks, _, end = variant.partition(";")
         job = {**common, "blocks": {**sizes, **parse(blocks)}, "last": parse(end), "seed": seed}
         make_recipe(**job["blocks"] | job["last"], seed=seed)  # before hours of work
-        key = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
-        job["folder"] = folder / f"{key}-{blocks}"
+        stem_of_blocks = "-".join(map(str, [*about.values(), seed])).replace("/", "_")
+        job["folder"] = folder / f"{stem_of_blocks}-{blocks}"
         needs = [job["folder"]]
         once({**job, "stage": run_blocks})
         if job["last"].get("distill_generated"):
@@ -331,20 +320,14 @@ def measure(jobs: list[dict[str, Any]], workers: int, deadline: float, out: Path
         return [j for j in waiting if all(map(finished, j["needs"]))]
 
     failed = False
-    out.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not out.exists()
-    with out.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if fresh:
-            writer.writeheader()
+    with appended(out, FIELDS) as append:
         for job, result, error in run_jobs(jobs, workers, deadline, ready):
             name = job["row"]["variant"] if "row" in job else job["folder"].name
             failed |= error is not None
             if error is not None:
                 print("FAILED", job["seed"], name, error, flush=True)
             elif "row" in job:
-                writer.writerows(result)
-                f.flush()
+                append(result)
                 for row in result:
                     print(*(row[k] for k in FIELDS[:5]), row["last_seconds"], flush=True)
             else:
@@ -356,17 +339,25 @@ def measure(jobs: list[dict[str, Any]], workers: int, deadline: float, out: Path
 
 
 def read_means(file: Path) -> dict[str, dict[str, list[float]]]:
-    """Variant -> text -> the perplexities of its seeds."""
-    found: dict[str, dict[str, list[float]]] = {}
+    """Variant -> text -> the perplexities of its seeds, on the most windows of that text; ``KL_TEXT`` -> the
+    divergences of held-out rows after the last stage."""
     with file.open() as f:
-        for row in csv.DictReader(f):
+        rows = list(csv.DictReader(f))
+    most: dict[str, int] = {}
+    for row in rows:
+        most[row["text"]] = max(most.get(row["text"], 0), int(row["windows"]))
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if int(row["windows"]) == most[row["text"]]:
             texts = found.setdefault(row["variant"], {})
             texts.setdefault(row["text"], []).append(float(row["perplexity"]))
+            if row["kl_held_after"]:
+                texts.setdefault(KL_TEXT, []).append(float(row["kl_held_after"]))
     return found
 
 
 def ranked(means: dict[str, dict[str, list[float]]], choose: list[str]) -> list[str]:
-    """The variants, lowest mean log perplexity of the texts ``choose`` first."""
+    """The variants, lowest mean log perplexity (or divergence) of ``choose`` first."""
 
     def rank(variant: str) -> float:
         texts = means[variant]

@@ -5,8 +5,8 @@
 
 A configuration is a recipe (``flatquant recipes`` lists them; a YAML file does too), ``comparison`` (one of each
 system), or a name of the table's older rows, each with changes behind a colon: ``quarot-w4a4:kv=8,shards=2``.
-All calibrate on the same tokens. Rows go to benchmarks/results/accuracy.csv as they come, with seconds and peak
-memory; a row that is there already (same model, text, configuration and seed) is not run again. Seeds are the
+All calibrate on the same tokens (rows of another --calib are rows of their own). Rows go to benchmarks/results/accuracy.csv as they come, with seconds and peak
+memory; a row that is there already (same model, text, windows, configuration, seed and calibration text) is not run again. Seeds are the
 outer loop. Several jobs can share one GPU (--jobs); their seconds would say nothing and are left out. A job that
 fails is reported and the others go on. ``--plot`` draws what the CSV has of this model and these texts.
 """
@@ -25,13 +25,12 @@ from statistics import mean
 
 import torch
 import transformers
+from judging import FLATNESS, appended, judge, left_of, window_counts
 from timing import commit
 from workers import run_jobs
 
 from vllm_flatquant import __version__
-from vllm_flatquant.calibration.data import evaluation_tokens
 from vllm_flatquant.calibration.errors import UserError
-from vllm_flatquant.calibration.evaluate import perplexity, windows
 from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import choose_device, quantize
 from vllm_flatquant.calibration.recipe import Recipe
@@ -56,6 +55,7 @@ FIELDS = [
     "transformers",
     "version",
     "commit",
+    *FLATNESS,
 ]
 OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn": ("flatquant-w4a4", {}),
@@ -70,7 +70,7 @@ OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
 """Names of rows from before there were recipes: recipe and changes."""
-EVAL_BATCH = 8
+UNQUANTIZED = "unquantized"
 LEFT_OUT = ("kv8", "w4a8", "-g128")
 """Variants of recipes that ``comparison`` leaves to whoever asks for them."""
 
@@ -103,12 +103,6 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def read_tokens(model: str, file: str) -> torch.Tensor:
-    """Token ids int64 [n] of a .npy file, or of a text in the model's tokenizer."""
-    source = {"tokens": file} if file.endswith(".npy") else {"text": file}
-    return evaluation_tokens(Path(model), **{"text": None, "tokens": None, "dataset": None, **source})
-
-
 def run(job: dict) -> list[dict]:
     """One configuration and seed (or the unquantized model): a row per text."""
     device = choose_device(job["device"])
@@ -123,27 +117,20 @@ def run(job: dict) -> list[dict]:
             peak = max(json.loads(line).get("peak_memory_gb", 0.0) for line in log)
         seconds = time.monotonic() - start
         network = load_reference(model, device)
-        rows = []
-        for text, file in job["texts"]:
-            cut = windows(read_tokens(job["model"], file), job["seq_len"], job["limit"])
-            rows.append(
-                {
-                    "model": Path(job["model"]).name,
-                    "text": text,
-                    "config": job["config"],
-                    "seed": job["seed"],
-                    "perplexity": f"{perplexity(network, cut, EVAL_BATCH):.4f}",
-                    "windows": len(cut),
-                    "seq_len": job["seq_len"],
-                    "settings": json.dumps(job["settings"]),
-                    "calib": Path(job["calib"]).name,
-                    "seconds": f"{seconds:.0f}" if job["alone"] else "",
-                    "peak_memory_gb": f"{peak_memory(device) if peak is None else peak:.2f}",
-                    **machine(device),
-                    "commit": job["commit"],
-                }
-            )
-    return rows
+        about = {
+            "model": Path(job["model"]).name,
+            "config": job["config"],
+            "seed": job["seed"],
+            "seq_len": job["seq_len"],
+            "settings": json.dumps(job["settings"]),
+            "calib": Path(job["calib"]).name,
+            "seconds": f"{seconds:.0f}" if job["alone"] else "",
+            **machine(device),
+            "commit": job["commit"],
+        }
+        rows = judge(network, job["model"], job["texts"], job["seq_len"])
+        used = f"{peak_memory(device) if peak is None else peak:.2f}"
+    return [{**about, **row, "peak_memory_gb": used} for row in rows]
 
 
 def main() -> int:
@@ -163,7 +150,8 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--epochs", type=int, help="instead of the recipe's, where it trains at all")
-    parser.add_argument("--limit", type=int)
+    parser.add_argument("--limit", type=int, help="windows of each text")
+    parser.add_argument("--first", type=int, help="a row for so many first windows of each text as well")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, default=1, help="at a time, on one device")
     parser.add_argument(
@@ -174,15 +162,16 @@ def main() -> int:
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
 
+    name, calib = Path(args.model).name, Path(args.calib).name
     done = set()
     if args.out.exists():
         with args.out.open() as f:
-            done = {
-                (r["model"], r["text"], r["config"], r["seed"], r["windows"]) for r in csv.DictReader(f)
-            }
-    texts = [tuple(t.split("=", 1)) for t in args.text]
-    counts = {t: len(windows(read_tokens(args.model, f), args.seq_len, args.limit)) for t, f in texts}
-    name = Path(args.model).name
+            same = ("text", "windows", "config", "seed", "calib")
+            rows = [r for r in csv.DictReader(f) if r["model"] == name]
+            done = {tuple(r[k] for k in same) for r in rows}
+            done |= {(*key[:4], calib) for key in done if key[2] == UNQUANTIZED}
+    texts = [(t.partition("=")[0], t.partition("=")[2]) for t in args.text]
+    counts = window_counts(args.model, texts, args.seq_len, args.limit, args.first)
 
     calibration = {"samples": args.samples, "seq_len": args.seq_len}
     recipes = {}
@@ -200,7 +189,6 @@ def main() -> int:
         "model": args.model,
         "calib": args.calib,
         "seq_len": args.seq_len,
-        "limit": args.limit,
         "device": args.device,
         "commit": commit(),
         "threads": max(1, (os.cpu_count() or 1) // args.jobs),
@@ -208,9 +196,9 @@ def main() -> int:
     }
     jobs = []
     for seed in range(args.seeds):
-        given = {"unquantized": (None, None)} if seed == 0 else {}
+        given = {UNQUANTIZED: (None, None)} if seed == 0 else {}
         for config, (settings, recipe) in {**given, **recipes}.items():
-            left = [(t, f) for t, f in texts if (name, t, config, str(seed), str(counts[t])) not in done]
+            left = left_of(texts, counts, done, config, str(seed), calib)
             if left:
                 job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
                 jobs.append({**common, **job, "texts": left})
@@ -225,19 +213,13 @@ def main() -> int:
 def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
     """Run the jobs and append their rows to ``out`` as they come; whether one failed."""
     failed = False
-    out.parent.mkdir(exist_ok=True)
-    fresh = not out.exists()
-    with out.open("a", newline="") as f:
-        writer = csv.DictWriter(f, FIELDS)
-        if fresh:
-            writer.writeheader()
+    with appended(out, FIELDS) as append:
         for job, rows, error in run_jobs(jobs, workers, deadline):
             failed |= error is not None
             if error is not None:
                 print("FAILED", job["config"], job["seed"], error, flush=True)
                 continue
-            writer.writerows(rows)
-            f.flush()
+            append(rows)
             for row in rows:
                 print(*(row[k] for k in [*FIELDS[:5], "seconds"]), flush=True)
     for job in jobs:
@@ -257,7 +239,7 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
         if int(row["windows"]) == most[row["text"]]:
             by_text = found.setdefault(row["config"], {})
             by_text.setdefault(row["text"], []).append(float(row["perplexity"]))
-    original = found.pop("unquantized", {})
+    original = found.pop(UNQUANTIZED, {})
     configs = sorted(found, key=lambda c: -mean(math.log(mean(v)) for v in found[c].values()))
     figure, panels = pyplot.subplots(
         1, len(texts), figsize=(2 + 3 * len(texts), 1 + 0.25 * len(configs)), squeeze=False, sharey=True

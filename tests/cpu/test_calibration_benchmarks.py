@@ -8,7 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_recipes import script
+
+from vllm_flatquant.calibration.data import evaluation_tokens
+from vllm_flatquant.calibration.evaluate import perplexity, windows
+from vllm_flatquant.calibration.reference import load_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny-llama"
@@ -96,16 +101,25 @@ def test_best_stands_for_the_settings_that_did_best(tmp_path):
     ablation = script(ROOT / "benchmarks" / "ablation.py")
     out = tmp_path / "rows.csv"
     with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, ["variant", "text", "perplexity"])
+        writer = csv.DictWriter(file, ["variant", "text", "perplexity", "windows", "kl_held_after"])
         writer.writeheader()
-        for variant, text, figure in (
-            ("a,x=1;distill_epochs=1", "valid", 3.0), ("a,x=1;distill_epochs=1", "test", 9.0),
-            ("a,x=1;distill_epochs=2", "valid", 4.0), ("a,x=1;distill_epochs=2", "test", 1.0),
-            ("a,x=1;", "valid", 2.0), ("b;distill_epochs=3", "valid", 1.0),
+        for variant, text, figure, windows, kl in (
+            ("a,x=1;distill_epochs=1", "valid", 3.0, 8, 0.2), ("a,x=1;distill_epochs=1", "test", 9.0, 8, 0.2),
+            ("a,x=1;distill_epochs=2", "valid", 4.0, 8, 0.1), ("a,x=1;distill_epochs=2", "test", 1.0, 8, 0.1),
+            ("a,x=1;", "valid", 2.0, 8, ""), ("b;distill_epochs=3", "valid", 1.0, 8, 0.01),
+            ("a,x=1;distill_epochs=2", "valid", 0.1, 2, 0.1),
         ):  # fmt: skip
-            writer.writerow({"variant": variant, "text": text, "perplexity": figure})
+            row = {
+                "variant": variant,
+                "text": text,
+                "perplexity": figure,
+                "windows": windows,
+                "kl_held_after": kl,
+            }
+            writer.writerow(row)
     assert ablation.best_for("c;best", "a,x=1;best", out, ["valid"]) == "c;distill_epochs=1"
     assert ablation.best_for("c;best", "a,x=1;best", out, ["test"]) == "c;distill_epochs=2"
+    assert ablation.best_for("c;best", "a,x=1;best", out, ["kl"]) == "c;distill_epochs=2"
     assert ablation.best_for("c;", "a,x=1;best", out, ["valid"]) == "c;"
     with pytest.raises(SystemExit, match="no variant z;distill_epochs"):
         ablation.best_for("c;best", "z;best", out, ["valid"])
@@ -116,7 +130,7 @@ def test_ablation_keeps_what_is_done(tmp_path):
     args = SimpleNamespace(
         model=str(TINY), calib="stdlib", text=[f"heldout={ROOT / 'examples' / 'heldout.txt'}"],
         choose=["heldout"], variant=["w4a4;distill_epochs=1,distill_generated=4", "w4a4;"], once=["w4a16;"],
-        seeds=[0, 1], samples=2, seq_len=16, epochs=1, limit=2, device="cpu", jobs=1, out=tmp_path / "rows.csv",
+        seeds=[0, 1], samples=2, seq_len=16, epochs=1, limit=2, first=1, device="cpu", jobs=1, out=tmp_path / "rows.csv",
     )  # fmt: skip
     stages = [job["stage"].__name__ for job in ablation.plan(args, tmp_path / "keep")]
     blocks, last = "run_blocks", "run_last"
@@ -127,6 +141,38 @@ def test_ablation_keeps_what_is_done(tmp_path):
     again = ablation.plan(args, tmp_path / "keep")
     assert [job["stage"].__name__ for job in again].count("run_generation") == 0
     assert again[1]["needs"][1] == done
+
+
+def test_rows_of_the_first_windows_and_how_flat_predictions_are(tmp_path):
+    from judging import FLATNESS, appended, judge, left_of, window_counts
+
+    text = str(ROOT / "examples" / "heldout.txt")
+    counts = window_counts(str(TINY), [("a", text)], 64, 3, 2)
+    assert counts == {"a": [3, 2]} and window_counts(str(TINY), [("a", text)], 64, 2, 2) == {"a": [2]}
+    assert left_of([("a", text)], counts, {("a", "3", "x")}, "x") == [("a", text, [2])]
+    assert left_of([("a", text)], counts, {("a", "3", "x"), ("a", "2", "x")}, "x") == []
+    network = load_reference(TINY)
+    all_rows = judge(network, str(TINY), [("a", text, [3, 2])], 64)
+    assert [row["windows"] for row in all_rows] == ["3", "2"]
+    cut = windows(evaluation_tokens(TINY, text, None, None), 64, 3)
+    for row in all_rows:
+        rows = cut[: int(row["windows"])]
+        assert float(row["perplexity"]) == pytest.approx(perplexity(network, rows), abs=1e-4)
+        with torch.no_grad():
+            logits = network(rows).logits[:, :-1]
+        entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+        assert float(row["entropy"]) == pytest.approx(float(entropy), abs=1e-3)
+        warm = torch.nn.functional.cross_entropy(logits.mT / 1.1, rows[:, 1:]).exp()
+        assert float(row["at_1.1"]) == pytest.approx(float(warm), abs=1e-3)
+
+    file = tmp_path / "new" / "rows.csv"
+    with appended(file, ["a", "b"]) as append:
+        append([{"a": "1", "b": "2"}])
+    with appended(file, ["a", "b", *FLATNESS]) as append:
+        append([{"a": "3", "b": "4", "entropy": "5"}])
+    with file.open(newline="") as f:
+        found = [(row["a"], row["b"], row["entropy"]) for row in csv.DictReader(f)]
+    assert found == [("1", "2", ""), ("3", "4", "5")]
 
 
 def test_speed_of_a_block(tmp_path, monkeypatch):
