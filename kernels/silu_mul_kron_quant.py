@@ -14,8 +14,11 @@ from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
 
-HOPPER_FROM = 1.0
-"""Above so many tokens * shards an SM ``silu_mul_kron_quant_hopper.py`` takes what it can; ``math.inf``: never."""
+HOPPER_FROM = 0.0
+"""Above so many tokens * shards an SM ``silu_mul_kron_quant_hopper.py`` takes what it can; ``math.inf``: never.
+
+At 0 one kernel takes every number of tokens, so that a row's bits do not depend on how many others there are.
+"""
 
 
 @triton.jit
@@ -95,7 +98,7 @@ def _silu_mul_kron_quant_kernel(
 
 
 def on_hopper(x: Tensor, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
-    """Whether ``x`` [T, 2*K] goes to the Hopper form: many tokens, factors ``suits`` takes, contiguous aligned rows."""
+    """Whether ``x`` [T, 2*K] goes to the Hopper form: tokens and factors ``suits`` takes, contiguous aligned rows."""
     return (
         left is not None
         and right is not None

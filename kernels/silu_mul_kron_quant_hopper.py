@@ -1,4 +1,4 @@
-"""``silu_mul_kron_quant`` for many tokens of large tiles on Hopper: the same numbers, warp-specialized in Gluon.
+"""``silu_mul_kron_quant`` for large tiles on Hopper: the same numbers, warp-specialized in Gluon.
 
 The plain kernel is a chain for each token: load, SiLU, product, product, maximum, store; while it computes, it
 loads nothing. Here one warp only loads (TMA, a ring of half tokens) and eight transform. Nothing moves between

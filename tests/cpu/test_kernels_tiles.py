@@ -68,4 +68,5 @@ def test_what_the_hopper_form_of_silu_takes() -> None:
     ]:  # fmt: skip
         assert suits(10**6, 2, (2, a, a), (2, b, b), 132) == taken
     assert not suits(10**6, 1, (2, 112, 112), (2, 128, 128), 132)  # scales that do not fit the factors
-    assert not suits(1, 1, (1, 112, 112), (1, 128, 128), 132)
+    assert suits(1, 1, (1, 112, 112), (1, 128, 128), 132)
+    assert not suits(0, 1, (1, 112, 112), (1, 128, 128), 132)  # nothing to launch

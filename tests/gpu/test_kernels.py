@@ -3,6 +3,7 @@
 Uninitialised memory is poisoned throughout, so an element that no kernel writes is a failure.
 """
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -228,7 +229,9 @@ def test_rmsnorm_kron_quant(a: int, b: int) -> None:
 
 
 @pytest.mark.parametrize("shards,a,b", TRANSFORMS)
-def test_silu_mul_kron_quant(shards: int, a: int, b: int) -> None:
+def test_silu_mul_kron_quant(shards: int, a: int, b: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plain kernel, for every factor."""
+    monkeypatch.setattr(silu, "HOPPER_FROM", math.inf)
     left, right = factors(shards, a, b, torch.bfloat16)
     clip = torch.ones(shards, device=DEVICE)
     for t in TOKENS:
@@ -245,10 +248,10 @@ def test_silu_mul_kron_quant(shards: int, a: int, b: int) -> None:
 )
 @pytest.mark.parametrize("dtype,bits", [(torch.bfloat16, 4), (torch.bfloat16, 8), (torch.float16, 4)])
 def test_silu_mul_kron_quant_on_hopper(
-    shards: int, a: int, b: int, dtype: torch.dtype, bits: int, monkeypatch: pytest.MonkeyPatch
+    shards: int, a: int, b: int, dtype: torch.dtype, bits: int
 ) -> None:
-    """At any number of tokens: nothing behind the input is used, nothing behind the codes is written."""
-    monkeypatch.setattr(silu, "HOPPER_FROM", 0.0)
+    """At any number of tokens: nothing behind the input is used, nothing behind the codes is written, and a row's
+    bits are those it has alone."""
     k = shards * a * b
     left, right = factors(shards, a, b, dtype)
     clip = torch.rand(shards, device=DEVICE) * 0.3 + 0.7
@@ -269,6 +272,9 @@ def test_silu_mul_kron_quant_on_hopper(
         for _ in range(3):
             again = silu_mul_kron_quant(x, left, right, clip, bits)
             assert torch.equal(got[0], again[0]) and torch.equal(got[1], again[1])
+        for row in {0, t // 2, t - 1}:
+            alone = silu_mul_kron_quant(x[row : row + 1].clone(), left, right, clip, bits)
+            assert torch.equal(got[0][row], alone[0][0]) and torch.equal(got[1][row], alone[1][0])
     rows_apart = torch.randn(5, 2 * k + 8, device=DEVICE).to(dtype)[:, : 2 * k]
     assert not silu.on_hopper(rows_apart, left, right, shards)
 
