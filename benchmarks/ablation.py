@@ -7,7 +7,8 @@ A variant is ``BLOCKS;LAST``: settings of the recipe for the stage block by bloc
 (empty: none); --variants takes a file of them, most wanted first. Variants with equal BLOCKS share that stage,
 which runs once; ``--jobs`` stages run at a time on one device. BLOCKS may begin with a scheme. Rows go to
 benchmarks/results/ablation.csv as they come; rows that are there already are not measured again. ``BLOCKS;best``
-stands for the end-to-end settings that did best so far with the first variant's BLOCKS, by the texts --choose.
+stands for the end-to-end settings that did best so far with the first variant's BLOCKS, by --choose; settings behind
+``best,`` are changes to them.
 """
 
 import argparse
@@ -295,16 +296,20 @@ def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 
 def best_for(variant: str, first: str, out: Path, choose: list[str]) -> str:
-    """``variant``, with the best end-to-end settings so far behind the BLOCKS of ``first`` in place of ``best``."""
+    """``variant``, with the best end-to-end settings so far behind the BLOCKS of ``first`` in place of ``best``;
+    settings behind ``best,`` take the place of those of the same name."""
     blocks, _, end = variant.partition(";")
-    if end != BEST:
+    best, *changes = end.split(",")
+    if best != BEST:
         return variant
     base = first.partition(";")[0]
     means = read_means(out) if out.exists() else {}
     found = [v for v in ranked(means, choose) if v.startswith(f"{base};distill_epochs")]
     if not found:
         raise SystemExit(f"{variant}: {out} has no variant {base};distill_epochs=... yet")
-    return f"{blocks};{found[0].partition(';')[2]}"
+    changed = {c.partition("=")[0] for c in changes}
+    kept = [s for s in found[0].partition(";")[2].split(",") if s.partition("=")[0] not in changed]
+    return f"{blocks};{','.join([*changes, *kept])}"
 
 
 def measure(jobs: list[dict[str, Any]], workers: int, deadline: float, out: Path) -> bool:

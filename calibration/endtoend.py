@@ -79,7 +79,7 @@ def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:
     config, linears = source.config, source.arch.linears
     shapes = [source.files.shape(f"{source.block_prefix(0)}{name}.weight") for name in linears]
     block = 32 * config.hidden_size + 10 * config.intermediate_size
-    kept = recipe.batch_size * recipe.seq_len * (source.num_blocks * block + 8 * config.vocab_size)
+    kept = recipe.distill_rows * recipe.seq_len * (source.num_blocks * block + 8 * config.vocab_size)
     weights = source.num_blocks * sum(math.prod(shape) for shape in shapes)
     tables = (1 if is_tied(source) else 2) * config.vocab_size * config.hidden_size
     return 36 * weights, 4 * kept, (28 if recipe.distill_table_lr else 8) * tables
@@ -91,7 +91,7 @@ def check_memory(source: ModelSource, recipe: Recipe, device: torch.device) -> N
     if needed > free:
         raise UserError(
             f"training the whole model on its logits takes about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB "
-            "are free; use a recipe without e2e in its name, set distill_epochs: 0, or lower batch_size or seq_len"
+            "are free; use a recipe without e2e in its name, set distill_epochs: 0, or lower distill_batch_size or seq_len"
         )
 
 
@@ -291,7 +291,7 @@ def distill(
     groups = parameter_groups(students, ends, recipe)
     judges = held_out(min(recipe.samples, len(tokens)))
     rest = torch.tensor([i for i in range(len(tokens)) if i not in judges])
-    per_epoch = -(-len(rest) // recipe.batch_size)
+    per_epoch = -(-len(rest) // recipe.distill_rows)
     steps = recipe.distill_epochs * per_epoch
 
     def loss(rows: Tensor) -> Tensor:
@@ -311,7 +311,7 @@ def distill(
     for epoch in range(recipe.distill_epochs):
         losses.append(MeanLoss(device))
         order = rest[torch.randperm(len(rest), generator=shuffle)]
-        for i, rows in enumerate(order.split(recipe.batch_size)):
+        for i, rows in enumerate(order.split(recipe.distill_rows)):
             losses[-1].add(trainer.step(tokens[rows].to(device)), len(rows))
             if on_progress:
                 on_progress((epoch * per_epoch + i + 1) / steps)

@@ -47,7 +47,7 @@ class Recipe(BaseModel):
     MagR (magr.py), none if 0. weight_scale, weight_shrink: how scales follow from weights (``weights.Grid``).
     distill_epochs: of the last, end-to-end stage (endtoend.py), none if 0; distill_lr is relative,
     distill_weight_lr in quantization steps (0: codes stay), distill_table_lr relative, of embedding and head (0: they
-    stay), distill_generated adds rows that the model writes.
+    stay), distill_batch_size rows a step (None: batch_size), distill_generated adds rows that the model writes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -94,6 +94,7 @@ class Recipe(BaseModel):
     distill_lr: float = Field(default=3e-3, gt=0)
     distill_weight_lr: float = Field(default=1e-3, ge=0)
     distill_table_lr: float = Field(default=0.0, ge=0)
+    distill_batch_size: int | None = Field(default=None, gt=0)
     distill_generated: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
@@ -140,6 +141,11 @@ class Recipe(BaseModel):
         else:
             fraction, rule = 0.01, "mean"
         return self.damping or fraction, self.damping_rule or rule  # type: ignore[return-value]
+
+    @property
+    def distill_rows(self) -> int:
+        """Rows of a step of the last stage."""
+        return self.distill_batch_size or self.batch_size
 
     @property
     def weight_bits(self) -> int:

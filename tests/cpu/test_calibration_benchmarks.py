@@ -120,6 +120,8 @@ def test_best_stands_for_the_settings_that_did_best(tmp_path):
     assert ablation.best_for("c;best", "a,x=1;best", out, ["valid"]) == "c;distill_epochs=1"
     assert ablation.best_for("c;best", "a,x=1;best", out, ["test"]) == "c;distill_epochs=2"
     assert ablation.best_for("c;best", "a,x=1;best", out, ["kl"]) == "c;distill_epochs=2"
+    changed = ablation.best_for("c;best,distill_epochs=9,y=2", "a,x=1;best", out, ["kl"])
+    assert changed == "c;distill_epochs=9,y=2"
     assert ablation.best_for("c;", "a,x=1;best", out, ["valid"]) == "c;"
     with pytest.raises(SystemExit, match="no variant z;distill_epochs"):
         ablation.best_for("c;best", "z;best", out, ["valid"])
