@@ -2,24 +2,26 @@
 
     python benchmarks/serving.py                                # every format of Llama-3-8B's shape
     python benchmarks/serving.py --formats bf16,fp8,flatquant-w4a4 --models qwen3-32b
-    python benchmarks/serving.py --serve --formats flatquant-w4a4   # `vllm bench throughput` and `bench serve`
+    python benchmarks/serving.py --serve --formats flatquant-w4a4   # `vllm serve` under `vllm bench serve`
     python benchmarks/serving.py --profile --formats flatquant-w4a4 # also the kernels of a step, to serving_profile.csv
     python benchmarks/serving.py --together 4                   # four engines start at once: 3 times quicker
     python benchmarks/serving.py --starts                       # again, for the time of a start with warm caches
     python benchmarks/serving.py --print                        # the README's tables; --plot FILE.png
 
-Same vLLM, same settings for every format, each in a process of its own; bf16 is measured again in every run and
+Same vLLM, same settings for every format, each in processes of its own; bf16 is measured again in every run and
 ratios are only taken within a run. Rows are appended as they are measured, and what is there for this GPU, vLLM,
 commit and model is not measured again. The log of each engine tells which kernel ran, and a format that
 ran as something else is recorded as that. With --together engines wait idle on the same card until it is their
-turn to measure: their starts are not timed and their KV cache is as small as the plan allows. Speed on random weights; accuracy is another benchmark's.
+turn to measure, as many as fit: their starts are not timed and their KV cache is as small as the plan allows. Speed on random weights; accuracy is another benchmark's.
 """
 
 import argparse
 import datetime
 import importlib.metadata
 import os
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,13 +39,13 @@ from serving_formats import (
     write_model,
 )
 from serving_process import CACHES, Engine
-from serving_tables import KEY, plot, print_profile, print_tables, read_rows
+from serving_tables import KEY, OWN, plot, print_profile, print_tables, read_rows
 from timing import RESULTS, Table, commit
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = [
     "run", "date", "gpu", "vllm", "torch", "commit", "model", "format", "kernels", "measure", "value", "unit",
-    "spread", "repeats",
+    "spread", "repeats", "fastest", "engine",
 ]  # fmt: skip
 PROFILE_COLUMNS = [
     "run", "date", "gpu", "vllm", "torch", "commit", "model", "format", "phase", "kernel", "count", "us",
@@ -54,11 +56,13 @@ PLAN = {
     "decode_prompt": 32,
     "decode_tokens": 48,
     "decode_ends": 8,
-    "repeats": 5,
+    "repeats": {"prefill": 5, "decode": 9},
     "profile_decode": [1, 32],
 }
-TINY_PLAN = PLAN | {"prefill": [[1, 128], [2, 64]], "decode": [1, 4], "decode_tokens": 8, "repeats": 2}
-TINY_PLAN |= {"profile_decode": [2]}
+TINY_PLAN = PLAN | {"prefill": [[1, 128], [2, 64]], "decode": [1, 4], "decode_tokens": 8}
+TINY_PLAN |= {"repeats": {"prefill": 2, "decode": 3}, "profile_decode": [2]}
+BESIDE = 4 * 2**30
+"""Bytes that an engine needs on a card beside weights and KV cache: 8192 tokens' activations, graphs, the context."""
 ENGINE: dict[str, Any] = {
     "dtype": "bfloat16",
     "load_format": "dummy",
@@ -118,9 +122,17 @@ class Run:
         return self.common | {"model": self.label(model), "format": name} | values
 
     def fits(self, model: str, name: str) -> bool:
-        """Whether the weights, 8192 tokens' activations and some KV cache fit in the card's memory."""
-        needed = weight_bytes(model, FORMATS[name].bits) / self.size + 4 * 2**30
-        return needed < ENGINE["gpu_memory_utilization"] * self.memory
+        """Whether the weights and what must be beside them fit in the card's memory."""
+        return self.alone(model, name) < ENGINE["gpu_memory_utilization"] * self.memory
+
+    def alone(self, model: str, name: str) -> float:
+        """Bytes that a format needs on each card, but for its KV cache."""
+        return weight_bytes(model, FORMATS[name].bits) / self.size + BESIDE
+
+    def together(self, model: str, name: str) -> float:
+        """Bytes that a format needs on each card with the KV cache that the plan needs; 0 if it is not started."""
+        cache = kv_bytes(model, self.kv_tokens(model)) / self.size
+        return self.alone(model, name) + cache if self.fits(model, name) else 0
 
     def plan(self, model: str) -> dict[str, Any]:
         """What is measured of a model."""
@@ -178,7 +190,7 @@ class Run:
             "profile": self.args.profile,
             "wanted": wanted,
         }
-        environment = self.environment(model, name) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        environment = self.environment(model, name) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         return Engine(HERE / "serving_engine.py", job, work / "log", environment, self.args.limit)
 
     def start_measure(self, model: str, name: str) -> str:
@@ -215,7 +227,10 @@ class Run:
             else:
                 value = round(found.pop("value"), 4)
                 self.add(self.row(model, label, kernels=kernels, value=value, **found))
-                print(f"  {found['measure']:16} {value:10.3f} {found['unit']}", flush=True)
+                line = f"  {found['measure']:16} {value:10.3f} {found['unit']}"
+                if "fastest" in found:
+                    line += f"; fastest {found['fastest']:.3f}, spread {found['spread']:.0%}"
+                print(line, flush=True)
         label, kernels = ran_as(name, self.log(model, name))
         print(
             f"  {label}: {kernels or 'no quantized kernel'}; {time.monotonic() - begin:.0f} s",
@@ -225,9 +240,8 @@ class Run:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; a spread is a share."""
-        if "spread" in row:
-            row["spread"] = round(row["spread"], 4)
-        self.table.append(row)
+        rounded = {key: round(row[key], 4) for key in ("spread", "fastest") if key in row}
+        self.table.append(row | rounded | {"engine": OWN})
 
     def measures(self, model: str) -> list[str]:
         """What this run measures of a format."""
@@ -258,7 +272,26 @@ class Run:
         return {"bf16": every} | {n: m for n, m in left.items() if n != "bf16"} if left else {}
 
 
-def measure_group(model: str, todo: list[tuple[Run, str, list[str]]]) -> None:
+Todo = list[tuple[Run, str, list[str]]]
+"""A run, a format, and what of it to measure."""
+
+
+def groups(model: str, todo: Todo, most: int) -> Iterator[Todo]:
+    """Parts of ``todo``, in its order, of at most ``most`` engines that are on the card at once and fit there."""
+    part: Todo = []
+    left = room = 0.95 * todo[0][0].memory if todo else 0
+    for run, name, wanted in todo:
+        needed = run.together(model, name)
+        if part and (len(part) == most or needed > left):
+            yield part
+            part, left = [], room
+        part.append((run, name, wanted))
+        left -= needed
+    if part:
+        yield part
+
+
+def measure_group(model: str, todo: Todo) -> None:
     """Start several formats' engines at once, then measure one after the other, the rest idle."""
     engines: list[tuple[Run, str, Engine, Path, str | None]] = []
     try:
@@ -317,9 +350,7 @@ def arguments() -> argparse.Namespace:
         metavar="N,M",
         help="FlatQuant gets as many shards",
     )
-    parser.add_argument(
-        "--serve", action="store_true", help="vllm bench throughput and vllm bench serve"
-    )
+    parser.add_argument("--serve", action="store_true", help="vllm serve under vllm bench serve")
     parser.add_argument("--starts", action="store_true", help="only start each engine, with warm caches")
     parser.add_argument(
         "--profile", action="store_true", help="also the kernels of a decode and a prefill step"
@@ -351,11 +382,12 @@ def main() -> None:
         if args.plot:
             plot(args.results, args.plot)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so end the engines
     runs = [Run(args, size) for size in args.tensor_parallel_size]
     for model in args.models:
         todo = [(run, name, wanted) for run in runs for name, wanted in run.todo(model).items()]
-        for first in range(0, len(todo), args.together):
-            measure_group(model, todo[first : first + args.together])
+        for part in groups(model, todo, args.together):
+            measure_group(model, part)
 
 
 if __name__ == "__main__":

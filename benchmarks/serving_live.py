@@ -1,4 +1,4 @@
-"""`serving.py --serve`: vLLM's own benchmarks of one format, `bench throughput` and `bench serve` on a live server."""
+"""`serving.py --serve`: a live server of one format, `vllm serve`, under vLLM's own load, `vllm bench serve`."""
 
 import json
 import os
@@ -17,6 +17,10 @@ VLLM = [sys.executable, str(HERE / "vllm_here.py")]
 INPUT, OUTPUT = 512, 128
 RATES = (4, 24)
 """Requests per second: a quiet and a busy server, for an 8B model on one H100."""
+SECONDS = 8
+"""Of requests at each rate."""
+PROMPTS = 512
+"""Requests for the throughput, all at once: two full batches of the 256 that the engine takes."""
 FIGURES = {
     "ttft": ("median_ttft_ms", "ms"),
     "ttft_p99": ("p99_ttft_ms", "ms"),
@@ -42,20 +46,26 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
         str(8 if tiny else OUTPUT),
     ]
     data = ["--dataset-name", "random", *sizes, "--seed", "0"]
-    options = _options(run.options(model, name))
     try:
-        yield from _throughput(work, folder, [*data, *options], 4 if tiny else 1000, environment)
         with serve(
             folder,
-            *options,
+            *_options(run.options(model, name)),
             log=work / "serve.log",
             timeout=run.args.limit,
             env=environment,
             vllm=VLLM,
         ) as server:
+
+            def load(rate: str, count: int) -> dict[str, Any]:
+                return _load(work, folder, server.address, data, rate, count, environment)
+
+            value = load("inf", 4 if tiny else PROMPTS)["total_token_throughput"]
+            yield {"measure": "throughput", "value": value, "unit": "tokens/s", "repeats": 1}
             for rate in RATES:
-                count = 8 if tiny else 12 * rate
-                yield from _rate(work, folder, server.address, data, rate, count, environment)
+                figures = load(str(rate), 8 if tiny else SECONDS * rate)
+                for figure, (key, unit) in FIGURES.items():
+                    row = {"measure": f"rate{rate}_{figure}", "value": figures[key]}
+                    yield row | {"unit": unit, "repeats": 1}
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         yield {"error": f"{name}: {error}"}
 
@@ -72,11 +82,24 @@ def _options(options: dict[str, Any]) -> list[str]:
     return found
 
 
-def _bench(work: Path, kind: str, arguments: list[str], environment: dict[str, str]) -> None:
-    log = work / f"{kind}.log"
+def _load(
+    work: Path,
+    model: Path,
+    address: str,
+    data: list[str],
+    rate: str,
+    count: int,
+    environment: dict[str, str],
+) -> dict[str, Any]:
+    """What `vllm bench serve` says of ``count`` requests at ``rate`` a second, or all at once ("inf")."""
+    out, log = work / f"rate{rate}.json", work / "bench-serve.log"
+    command = ["bench", "serve", "--backend", "vllm", "--base-url", address, "--model", str(model)]
+    command += [*data, "--num-prompts", str(count), "--request-rate", rate, "--ignore-eos"]
+    command += ["--save-result", "--result-dir", str(work), "--result-filename", out.name]
+    command += ["--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm", "--num-warmups", "4"]
     with log.open("a") as file:
         done = subprocess.run(
-            [*VLLM, "bench", *arguments],
+            [*VLLM, *command],
             env=os.environ | environment,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -86,61 +109,9 @@ def _bench(work: Path, kind: str, arguments: list[str], environment: dict[str, s
     if done.returncode:
         end = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
         raise RuntimeError(
-            f"vllm bench {arguments[0]} ended with {done.returncode}; the end of {log}:\n    {end}"
+            f"vllm bench serve ended with {done.returncode}; the end of {log}:\n    {end}"
         )
-
-
-def _throughput(
-    work: Path, model: Path, arguments: list[str], count: int, environment: dict[str, str]
-) -> list[dict[str, Any]]:
-    out = work / "throughput.json"
-    command = [
-        "throughput",
-        "--model",
-        str(model),
-        "--num-prompts",
-        str(count),
-        "--output-json",
-        str(out),
-    ]
-    _bench(work, "throughput", [*command, *arguments], environment)
-    figures = json.loads(out.read_text())
-    return [
-        {
-            "measure": "throughput",
-            "value": figures["tokens_per_second"],
-            "unit": "tokens/s",
-            "repeats": 1,
-        }
-    ]
-
-
-def _rate(
-    work: Path,
-    model: Path,
-    address: str,
-    data: list[str],
-    rate: int,
-    count: int,
-    environment: dict[str, str],
-) -> list[dict[str, Any]]:
-    out = work / f"rate{rate}.json"
-    command = ["serve", "--backend", "vllm", "--base-url", address, "--model", str(model), *data]
-    command += [
-        "--num-prompts",
-        str(count),
-        "--request-rate",
-        str(rate),
-        "--ignore-eos",
-        "--save-result",
-    ]
-    command += ["--result-dir", str(work), "--result-filename", out.name]
-    command += ["--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm"]
-    _bench(work, "bench-serve", command, environment)
     figures = json.loads(out.read_text())
     if figures["completed"] != count:
         raise RuntimeError(f"{figures['completed']} of {count} requests were completed at {rate}/s")
-    return [
-        {"measure": f"rate{rate}_{name}", "value": figures[key], "unit": unit, "repeats": 1}
-        for name, (key, unit) in FIGURES.items()
-    ]
+    return figures

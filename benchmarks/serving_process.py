@@ -1,8 +1,10 @@
 """One engine of `serving.py` as a process: start it, let it measure, read its rows."""
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -49,7 +51,9 @@ class Engine:
                 env=os.environ | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # a process group: the engine core and its workers are children
             )
+        self.done = self.closed = False
         self.deadline = time.monotonic() + limit
 
     def _wait(self) -> bool:
@@ -77,6 +81,7 @@ class Engine:
             for line in lines[seen:]:
                 row = json.loads(line)
                 if row.get("measure") == "finished":
+                    self.done = True
                     return
                 if row.get("measure") == "start":
                     if start:
@@ -92,11 +97,15 @@ class Engine:
         return self.log.read_text(errors="replace").splitlines()[-12:]
 
     def close(self) -> None:
-        """End the process and free the card's memory; one that is done gets a moment to end by itself."""
-        if not self.problem:
-            try:
+        """End the processes and free the card's memory; those that are done get a moment to end by themselves."""
+        if self.closed:
+            return
+        self.closed = True
+        if self.done:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(20)
-            except subprocess.TimeoutExpired:
-                pass
-        self.process.kill()
-        self.process.wait()
+        with contextlib.suppress(ProcessLookupError):  # once the group is empty
+            for _ in range(50):
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+                time.sleep(0.1)

@@ -14,6 +14,8 @@ UNITS = {
     "start_warm": "warm start s",
 }
 """Measures that are not times of a step -> the column's title."""
+OWN = "own process"
+"""Where the engine core ran (column ``engine``), as users get it. Old rows: "in-process", in the one that measured."""
 Row = dict[str, Any]
 Runs = dict[str, dict[str, dict[str, float]]]
 """format -> measure -> {"value", "ratio"} of its latest run."""
@@ -27,19 +29,20 @@ def read_rows(results: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
-def collect(rows: list[Row]) -> dict[tuple[str, str, str], Runs]:
-    """(model, GPU, vLLM) -> figures. A ratio is bf16's value over the format's, of the same run."""
+def collect(rows: list[Row]) -> dict[tuple[str, str, str, str], Runs]:
+    """(model, GPU, vLLM, engine) -> figures. A ratio is bf16's value over the format's, of the same run."""
     base = {
         (r["run"], r["model"], r["measure"]): float(r["value"]) for r in rows if r["format"] == "bf16"
     }
-    found: dict[tuple[str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    found: dict[tuple[str, str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for row in rows:  # rows are in the order of time: the last one counts
         value, reference = float(row["value"]), base.get((row["run"], row["model"], row["measure"]))
         figure = {"value": value}
         if reference and value:
             higher_is_better = row["unit"] in ("tokens", "tokens/s", "requests/s")
             figure["ratio"] = value / reference if higher_is_better else reference / value
-        found[row["model"], row["gpu"], row["vllm"]][row["format"]][row["measure"]] = figure
+        key = row["model"], row["gpu"], row["vllm"], row["engine"]
+        found[key][row["format"]][row["measure"]] = figure
     return found
 
 
@@ -82,11 +85,12 @@ def _ratio_table(runs: Runs, measures: list[str]) -> list[str]:
 
 def print_tables(results: Path) -> None:
     """Markdown: for each model and GPU a table of ratios of step times, one of live servers, one of memory."""
-    for (model, gpu, vllm), runs in collect(read_rows(results)).items():
-        print(
-            f"\n{model} on {gpu}, vLLM {vllm}. Ratio to bf16 of the same run, higher is better; bf16 in ms.\n"
-        )
-        print("\n".join(_ratio_table(runs, _of(runs, ("prefill_", "decode_")))))
+    for (model, gpu, vllm, engine), runs in collect(read_rows(results)).items():
+        print(f"\n{model} on {gpu}, vLLM {vllm}, engine {engine}.")
+        steps = _of(runs, ("prefill_", "decode_"))
+        if steps:
+            print("\nRatio to bf16 of the same run, higher is better; bf16 in ms.\n")
+            print("\n".join(_ratio_table(runs, steps)))
         live = _of(runs, ("throughput", "rate"))
         if live:
             print("\nLive server: ratio to bf16 of the same run.\n")
@@ -136,11 +140,14 @@ def plot(results: Path, out: Path) -> None:
         key: runs
         for key, runs in collect(read_rows(results)).items()
         if any(name != "bf16" and not name.startswith("flatquant") for name in runs)
+        and _of(runs, ("prefill_", "decode_"))
     }
+    # What was measured as users get it makes the older figures of the same model and GPU superfluous.
+    found = {key: runs for key, runs in found.items() if key[3] == OWN or (*key[:3], OWN) not in found}
     if not found:
         raise SystemExit(f"{results} has no peer beside bf16; measure fp8, say, first")
     figure, panels = plt.subplots(len(found), 1, figsize=(10, 4.6 * len(found)), squeeze=False)
-    for axes, ((model, gpu, vllm), runs) in zip(panels[:, 0], found.items(), strict=True):
+    for axes, ((model, gpu, vllm, _), runs) in zip(panels[:, 0], found.items(), strict=True):
         measures = _of(runs, ("prefill_", "decode_"))
         names = [n for n in _sorted(runs) if n != "bf16" and any(m in runs[n] for m in measures)]
         width = 0.8 / max(1, len(names))

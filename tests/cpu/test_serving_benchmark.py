@@ -1,6 +1,8 @@
 """benchmarks/serving.py: rows are written as they come and carry the kernels that ran."""
 
+import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -213,3 +215,86 @@ def test_together_is_refused_where_it_would_change_the_figures(run, option, caps
     with pytest.raises(SystemExit):
         run("--together=2", option)
     assert "not with --serve or --starts" in capsys.readouterr().err
+
+
+CHILD = """
+import subprocess, sys, time
+from pathlib import Path
+
+Path({pid!r}).write_text(str(subprocess.Popen(["sleep", "60"]).pid))
+time.sleep(60)
+"""
+
+
+def ended(pid):
+    """Whether a process is gone, or only its exit status is left."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_closing_an_engine_ends_its_children(benchmarks, run, tmp_path, monkeypatch):
+    """The engine core holds the GPU's memory, and is a child of the process that measures."""
+    pid = tmp_path / "pid"
+    (tmp_path / "serving_engine.py").write_text(CHILD.format(pid=str(pid)))
+    monkeypatch.setattr(benchmarks, "HERE", tmp_path)
+    engine = run().engine("tiny", "bf16", [], tmp_path / "go")
+    deadline = time.monotonic() + 20
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child = int(pid.read_text())
+    assert not ended(child)
+    begin = time.monotonic()
+    engine.close()
+    engine.close()  # does nothing
+    assert ended(child) and ended(engine.process.pid) and time.monotonic() - begin < 10
+
+
+def test_engines_of_a_group_fit_on_the_card(benchmarks, run):
+    """70B in bf16 fits on no card of 140 GiB; the others are put together as far as they fit, in their order."""
+    now = run("--together=3")
+    now.memory, formats = 140 * 2**30, list(benchmarks.FORMATS)
+    sizes = {}
+    for model in ("llama-3-8b", "qwen3-32b", "llama-3-70b"):
+        parts = list(benchmarks.groups(model, [(now, name, []) for name in formats], 3))
+        assert [name for part in parts for _, name, _ in part] == formats
+        needed = [[now.together(model, name) for _, name, _ in part] for part in parts]
+        assert all(len(part) <= 3 and sum(part) < now.memory for part in needed)
+        sizes[model] = [len(part) for part in parts]
+    assert sizes["llama-3-8b"] == [3, 3, 3, 2] and now.together("llama-3-70b", "bf16") == 0
+    assert sizes["qwen3-32b"] == [2, 3, 3, 3] and max(sizes["llama-3-70b"][1:]) == 2
+
+
+def test_ratios_are_taken_and_shown_for_one_kind_of_engine(benchmarks, run, tmp_path, capsys):
+    """Rows of an engine in the measuring process, as of old, have a table of their own."""
+    now = run()
+    for engine, values in (("in-process", (8, 4)), ("own process", (6, 2))):
+        for name, value in zip(("bf16", "fp8"), values, strict=True):
+            row = now.row("tiny", name, measure="decode_b1", value=value, unit="ms", engine=engine)
+            now.table.append(row | {"run": engine})
+    benchmarks.print_tables(now.args.results)
+    shown = capsys.readouterr().out
+    old, new = shown.split("engine own process")
+    assert "engine in-process" in old and "| fp8 | 2.00 |" in old and "| 8.00 |" in old
+    assert "| fp8 | 3.00 |" in new and "| 6.00 |" in new
+
+
+def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, capsys):
+    """The whole of a format: each step's time and kernels, and nothing left running."""
+    now = run("--formats=bf16", "--models=tiny", "--profile")
+    group = [(now, *item) for item in now.todo("tiny").items()]
+    benchmarks.measure_group("tiny", group)
+    shown = capsys.readouterr().out
+    assert "failed" not in shown and "split" not in shown, shown
+    rows = benchmarks.read_rows(tmp_path / "rows.csv")
+    steps = {row["measure"]: row for row in rows if row["measure"].startswith(("prefill", "decode"))}
+    assert list(steps) == now.measures("tiny") and {row["engine"] for row in rows} == {"own process"}
+    for measure, row in steps.items():
+        assert 0 < float(row["fastest"]) <= float(row["value"])
+        assert int(row["repeats"]) == (2 if measure.startswith("prefill") else 3)
+    assert ended(re.search(r"\(EngineCore pid=(\d+)\)", now.log("tiny", "bf16"))[1])
+    kernels = benchmarks.read_rows(tmp_path / "profile-results")
+    attention = [row for row in kernels if row["kernel"] == "vllm::unified_attention_with_output"]
+    assert [row["phase"] for row in attention] == ["decode_b2", "prefill_1x128", "prefill_2x64"]
+    assert all(float(row["count"]) == 2 for row in attention)  # layers: the steps of a trace are counted
