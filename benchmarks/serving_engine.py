@@ -121,9 +121,9 @@ def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None]) -> N
             write(phase=phase, kernel=kernel["kernel"], count=count, us=us)
         write(phase=phase, kernel=WALL, count=1, us=(times[-1] - start) / len(times) * 1e6)
 
-    prompt, steps = plan["decode_prompt"], 8
+    prompt, tokens, begun = plan["decode_prompt"], 64, 8
     for batch in plan["profile_decode"]:
-        trace(f"decode_b{batch}", lambda b=batch: probe.start(b, prompt, 4 * steps, 2 * steps))
+        trace(f"decode_b{batch}", lambda b=batch: probe.start(b, prompt, tokens, begun))
     for batch, prompt in plan["prefill"]:
         trace(f"prefill_{batch}x{prompt}", lambda b=batch, p=prompt: probe.add(b, p, 1))
 
