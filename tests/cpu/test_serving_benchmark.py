@@ -298,3 +298,40 @@ def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, c
     attention = [row for row in kernels if row["kernel"] == "vllm::unified_attention_with_output"]
     assert [row["phase"] for row in attention] == ["decode_b2", "prefill_1x128", "prefill_2x64"]
     assert all(float(row["count"]) == 2 for row in attention)  # layers: the steps of a trace are counted
+
+
+VLLM = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+def option(name):
+    return sys.argv[sys.argv.index(name) + 1]
+
+class Healthy(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+if sys.argv[1] == "serve":
+    HTTPServer(("127.0.0.1", int(option("--port"))), Healthy).serve_forever()
+rate, count = option("--request-rate"), int(option("--num-prompts"))
+keys = ["median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "request_throughput", "output_throughput"]
+figures = dict.fromkeys([*keys, "total_token_throughput"], {"inf": 9, "4": 4, "24": 24}[rate])
+file = Path(option("--result-dir")) / option("--result-filename")
+file.write_text(json.dumps(figures | {"completed": count - (rate == "24")}))
+"""
+
+
+def test_one_server_gives_throughput_and_latencies(benchmarks, run, tmp_path, monkeypatch, capsys):
+    """What is short of answers is an error, and what was measured before it stays."""
+    script = tmp_path / "vllm.py"
+    script.write_text(VLLM)
+    monkeypatch.setattr(benchmarks.serving_live, "VLLM", [sys.executable, str(script)])
+    now = run("--serve", "--formats=bf16", "--models=tiny")
+    benchmarks.measure_group("tiny", [(now, "bf16", [])])
+    assert "7 of 8 requests were completed at 24/s" in capsys.readouterr().out
+    rows = benchmarks.read_rows(tmp_path / "rows.csv")
+    expected = {"throughput": 9.0} | {f"rate4_{name}": 4.0 for name in benchmarks.serving_live.FIGURES}
+    assert {row["measure"]: float(row["value"]) for row in rows} == expected
+    assert list((tmp_path / "work").rglob("bench-serve.log")) and now.missing("tiny", "bf16")
