@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py                                # every format of Llama-3-8B's shape
     python benchmarks/serving.py --formats bf16,fp8,flatquant-w4a4 --models qwen3-32b
-    python benchmarks/serving.py --serve --formats flatquant-w4a4   # `vllm serve` under `vllm bench serve`
+    python benchmarks/serving.py --serve --formats flatquant-w4a4   # a live server: `vllm bench serve`; `vllm bench throughput`
     python benchmarks/serving.py --profile --formats flatquant-w4a4 # also the kernels of a step, to serving_profile.csv
     python benchmarks/serving.py --together 4                   # four engines start at once: 3 times quicker
     python benchmarks/serving.py --starts                       # again, for the time of a start with warm caches
@@ -350,7 +350,9 @@ def arguments() -> argparse.Namespace:
         metavar="N,M",
         help="FlatQuant gets as many shards",
     )
-    parser.add_argument("--serve", action="store_true", help="vllm serve under vllm bench serve")
+    parser.add_argument(
+        "--serve", action="store_true", help="vllm bench serve and vllm bench throughput"
+    )
     parser.add_argument("--starts", action="store_true", help="only start each engine, with warm caches")
     parser.add_argument(
         "--profile", action="store_true", help="also the kernels of a decode and a prefill step"

@@ -1,4 +1,4 @@
-"""`serving.py --serve`: a live server of one format, `vllm serve`, under vLLM's own load, `vllm bench serve`."""
+"""`serving.py --serve`: one format as a live server under `vllm bench serve`, then `vllm bench throughput`."""
 
 import json
 import os
@@ -20,7 +20,7 @@ RATES = (4, 24)
 SECONDS = 8
 """Of requests at each rate."""
 PROMPTS = 512
-"""Requests for the throughput, all at once: two full batches of the 256 that the engine takes."""
+"""Requests that come all at once, for the throughput: two full batches of the 256 that the engine takes."""
 FIGURES = {
     "ttft": ("median_ttft_ms", "ms"),
     "ttft_p99": ("p99_ttft_ms", "ms"),
@@ -29,12 +29,13 @@ FIGURES = {
     "requests": ("request_throughput", "requests/s"),
     "tokens": ("output_throughput", "tokens/s"),
 }
-LAST = f"rate{RATES[-1]}_{list(FIGURES)[-1]}"
-"""The measure that comes last."""
+AT_ONCE, LAST = "rateinf_total", "throughput"
+"""Prompt and output tokens of requests that come all at once: at the server, and without one (measured last)."""
 
 
 def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
-    """Rows of one format: throughput, and latencies at each request rate. What fails is an error row."""
+    """Rows of one format: a server's throughput, its latencies at each request rate, and the throughput without a
+    server. What fails is an error row."""
     work = run.folder(model, name)
     folder = write_model(work / "model", model, FORMATS[name], run.size)
     environment = run.environment(model, name)
@@ -46,10 +47,11 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
         str(8 if tiny else OUTPUT),
     ]
     data = ["--dataset-name", "random", *sizes, "--seed", "0"]
+    options, at_once = _options(run.options(model, name)), 4 if tiny else PROMPTS
     try:
         with serve(
             folder,
-            *_options(run.options(model, name)),
+            *options,
             log=work / "serve.log",
             timeout=run.args.limit,
             env=environment,
@@ -59,13 +61,15 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
             def load(rate: str, count: int) -> dict[str, Any]:
                 return _load(work, folder, server.address, data, rate, count, environment)
 
-            value = load("inf", 4 if tiny else PROMPTS)["total_token_throughput"]
-            yield {"measure": "throughput", "value": value, "unit": "tokens/s", "repeats": 1}
+            value = load("inf", at_once)["total_token_throughput"]
+            yield {"measure": AT_ONCE, "value": value, "unit": "tokens/s", "repeats": 1}
             for rate in RATES:
                 figures = load(str(rate), 8 if tiny else SECONDS * rate)
                 for figure, (key, unit) in FIGURES.items():
                     row = {"measure": f"rate{rate}_{figure}", "value": figures[key]}
                     yield row | {"unit": unit, "repeats": 1}
+        value = _throughput(work, folder, [*data, *options], at_once, environment)
+        yield {"measure": LAST, "value": value, "unit": "tokens/s", "repeats": 1}
     except (RuntimeError, OSError, KeyError, ValueError) as error:
         yield {"error": f"{name}: {error}"}
 
@@ -97,6 +101,26 @@ def _load(
     command += [*data, "--num-prompts", str(count), "--request-rate", rate, "--ignore-eos"]
     command += ["--save-result", "--result-dir", str(work), "--result-filename", out.name]
     command += ["--percentile-metrics", "ttft,tpot,itl", "--disable-tqdm", "--num-warmups", "4"]
+    _bench(command, log, environment)
+    figures = json.loads(out.read_text())
+    if figures["completed"] != count:
+        raise RuntimeError(f"{figures['completed']} of {count} requests were completed at {rate}/s")
+    return figures
+
+
+def _throughput(
+    work: Path, model: Path, arguments: list[str], count: int, environment: dict[str, str]
+) -> float:
+    """Tokens a second, as `vllm bench throughput` says for ``count`` requests."""
+    out = work / "throughput.json"
+    command = ["bench", "throughput", "--model", str(model), "--num-prompts", str(count)]
+    command += ["--output-json", str(out), *arguments]
+    _bench(command, work / "throughput.log", environment)
+    return json.loads(out.read_text())["tokens_per_second"]
+
+
+def _bench(command: list[str], log: Path, environment: dict[str, str]) -> None:
+    """Run `vllm bench ...`; RuntimeError with the log's end if it fails."""
     with log.open("a") as file:
         done = subprocess.run(
             [*VLLM, *command],
@@ -109,9 +133,5 @@ def _load(
     if done.returncode:
         end = "\n    ".join(log.read_text(errors="replace").splitlines()[-12:])
         raise RuntimeError(
-            f"vllm bench serve ended with {done.returncode}; the end of {log}:\n    {end}"
+            f"vllm {' '.join(command[:2])} ended with {done.returncode}; the end of {log}:\n    {end}"
         )
-    figures = json.loads(out.read_text())
-    if figures["completed"] != count:
-        raise RuntimeError(f"{figures['completed']} of {count} requests were completed at {rate}/s")
-    return figures

@@ -280,7 +280,7 @@ def test_ratios_are_taken_and_shown_for_one_kind_of_engine(benchmarks, run, tmp_
 
 
 VLLM = """
-import json, sys
+import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -294,23 +294,36 @@ class Healthy(BaseHTTPRequestHandler):
 
 if sys.argv[1] == "serve":
     HTTPServer(("127.0.0.1", int(option("--port"))), Healthy).serve_forever()
+if sys.argv[2] == "throughput":
+    Path(option("--output-json")).write_text(json.dumps({"tokens_per_second": 7.0}))
+    sys.exit()
 rate, count = option("--request-rate"), int(option("--num-prompts"))
 keys = ["median_ttft_ms", "p99_ttft_ms", "median_itl_ms", "p99_itl_ms", "request_throughput", "output_throughput"]
 figures = dict.fromkeys([*keys, "total_token_throughput"], {"inf": 9, "4": 4, "24": 24}[rate])
 file = Path(option("--result-dir")) / option("--result-filename")
-file.write_text(json.dumps(figures | {"completed": count - (rate == "24")}))
+file.write_text(json.dumps(figures | {"completed": count - (rate == os.environ["SHORT_AT"])}))
 """
 
 
-def test_one_server_gives_throughput_and_latencies(benchmarks, run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("short_at", ["24", "never"])
+def test_one_server_gives_throughput_and_latencies(
+    benchmarks, run, tmp_path, monkeypatch, capsys, short_at
+):
     """What is short of answers is an error, and what was measured before it stays."""
+    monkeypatch.setenv("SHORT_AT", short_at)
     script = tmp_path / "vllm.py"
     script.write_text(VLLM)
     monkeypatch.setattr(benchmarks.serving_live, "VLLM", [sys.executable, str(script)])
     now = run("--serve", "--formats=bf16", "--models=tiny")
     benchmarks.measure_group("tiny", [(now, "bf16", [])])
-    assert "7 of 8 requests were completed at 24/s" in capsys.readouterr().out
+    short = short_at == "24"
+    assert ("7 of 8 requests were completed at 24/s" in capsys.readouterr().out) == short
     rows = benchmarks.read_rows(tmp_path / "rows.csv")
-    expected = {"throughput": 9.0} | {f"rate4_{name}": 4.0 for name in benchmarks.serving_live.FIGURES}
+    figures = benchmarks.serving_live.FIGURES
+    expected = {"rateinf_total": 9.0} | {f"rate4_{name}": 4.0 for name in figures}
+    if not short:
+        expected |= {"throughput": 7.0} | {f"rate24_{name}": 24.0 for name in figures}
     assert {row["measure"]: float(row["value"]) for row in rows} == expected
-    assert list((tmp_path / "work").rglob("bench-serve.log")) and now.missing("tiny", "bf16")
+    assert (
+        list((tmp_path / "work").rglob("bench-serve.log")) and bool(now.missing("tiny", "bf16")) == short
+    )
