@@ -1,5 +1,6 @@
 """benchmarks/serving.py: rows are written as they come and carry the kernels that ran."""
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -277,6 +278,26 @@ def test_ratios_are_taken_and_shown_for_one_kind_of_engine(benchmarks, run, tmp_
     old, new = shown.split("engine own process")
     assert "engine in-process" in old and "| fp8 | 2.00 |" in old and "| 8.00 |" in old
     assert "| fp8 | 3.00 |" in new and "| 6.00 |" in new
+
+
+def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, capsys):
+    """The whole of a format: each step's time and kernels, and nothing left running."""
+    now = run("--formats=bf16", "--models=tiny", "--profile")
+    group = [(now, *item) for item in now.todo("tiny").items()]
+    benchmarks.measure_group("tiny", group)
+    shown = capsys.readouterr().out
+    assert "failed" not in shown and "split" not in shown, shown
+    rows = benchmarks.read_rows(tmp_path / "rows.csv")
+    steps = {row["measure"]: row for row in rows if row["measure"].startswith(("prefill", "decode"))}
+    assert list(steps) == now.measures("tiny") and {row["engine"] for row in rows} == {"own process"}
+    for measure, row in steps.items():
+        assert 0 < float(row["fastest"]) <= float(row["value"])
+        assert int(row["repeats"]) == (2 if measure.startswith("prefill") else 3)
+    assert ended(re.search(r"\(EngineCore pid=(\d+)\)", now.log("tiny", "bf16"))[1])
+    kernels = benchmarks.read_rows(tmp_path / "profile-results")
+    attention = [row for row in kernels if row["kernel"] == "vllm::unified_attention_with_output"]
+    assert [row["phase"] for row in attention] == ["decode_b2", "prefill_1x128", "prefill_2x64"]
+    assert all(float(row["count"]) == 2 for row in attention)  # layers: the steps of a trace are counted
 
 
 VLLM = """
