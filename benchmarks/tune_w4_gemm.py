@@ -3,7 +3,8 @@
     python benchmarks/tune_w4_gemm.py --shapes llama-8b --tokens 1,16,64 --out kernels/tile_table.py
 
 Every candidate is compiled in parallel first, checked once per shape against an exact integer product, then
-timed by graph replay over rotating weights. Every figure goes to --log, one JSON line each.
+timed by graph replay over rotating weights. Every figure goes to --log, one JSON line each, and the table is written
+after each shape and number of tokens: what a run that was cut off did not reach keeps the tile it had.
 """
 
 import argparse
@@ -137,13 +138,15 @@ def main() -> None:
     tokens = [int(t) for t in args.tokens.split(",")]
 
     # What is compiled depends on the tile, the shards and divisibility, not on N and K themselves.
-    wanted = {s: (n, k, s) for n, k, s in reversed(shapes)}
+    jobs = {
+        (tile, s): ((1024, k, s), [tile])
+        for n, k, s in shapes
+        for t in tokens
+        for tile in candidates(t, n, k, s)
+    }
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        jobs = []
-        for shape in wanted.values():
-            every = list(dict.fromkeys(tile for t in tokens for tile in candidates(t, *shape)))
-            jobs += [(shape, every[i :: args.workers]) for i in range(args.workers)]
-        failed = dict(pair for pairs in pool.map(compile_all, jobs) for pair in pairs)
+        failed = dict(pair for pairs in pool.map(compile_all, jobs.values()) for pair in pairs)
+    print(f"compiled {len(jobs)} variants", flush=True)
     for tile, why in failed.items():
         print("skipped", tile, why, flush=True)
 
@@ -186,8 +189,8 @@ def main() -> None:
                     *(f"{us:.1f} {tuple(x)};" for us, x in rows[:3]),
                     flush=True,
                 )
-            if args.out:
-                write(args.out, gpu, best)
+                if args.out:
+                    write(args.out, gpu, best)
 
 
 def write(path: str, gpu: str, best: dict[tuple[int, int, int], dict[int, Tile]]) -> None:
@@ -199,7 +202,7 @@ def write(path: str, gpu: str, best: dict[tuple[int, int, int], dict[int, Tile]]
         table.setdefault(gpu, {}).setdefault(shape, {}).update(
             {t: tuple(tile) for t, tile in tiles.items()}
         )
-    with open(path, "w") as file:
+    with open(path + ".new", "w") as file:
         file.write('"""Measured tiles, written by benchmarks/tune_w4_gemm.py: ')
         file.write('{GPU: {(N, K, shards): {tokens: tile}}}."""\n\n')
         file.write("TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {\n")
@@ -214,6 +217,7 @@ def write(path: str, gpu: str, best: dict[tuple[int, int, int], dict[int, Tile]]
                 file.write("        },\n")
             file.write("    },\n")
         file.write("}\n")
+    os.replace(path + ".new", path)
 
 
 if __name__ == "__main__":

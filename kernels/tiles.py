@@ -60,7 +60,8 @@ def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) ->
     """The tile for ``t`` tokens and a weight [n, k] on the card named ``gpu``.
 
     A shape in the table gets its own tile. Another one on a Hopper card (``hopper``) gets that of the most
-    similar shape it fits, of its own card or else of the H100; any other card the plain kernel's.
+    similar shape it fits. What was not measured on a Hopper card is taken from the H100; any other card gets the
+    plain kernel's.
     """
     return _tile(gpu, hopper, bucket(t), n, k, shards)
 
@@ -68,7 +69,8 @@ def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) ->
 @cache
 def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> Tile:
     if hopper:
-        table = TABLE.get(gpu) or TABLE["NVIDIA H100 80GB HBM3"]
+        base, own = TABLE["NVIDIA H100 80GB HBM3"], TABLE.get(gpu, {})
+        table = {shape: base.get(shape, {}) | own.get(shape, {}) for shape in base | own}
 
         def distance(shape: tuple[int, int, int]) -> float:
             size = abs(log2(shape[0] / n)) + abs(log2(shape[1] / k))

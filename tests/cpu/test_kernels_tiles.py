@@ -2,6 +2,7 @@
 
 import pytest
 
+from vllm_flatquant.kernels import tiles
 from vllm_flatquant.kernels.silu_mul_kron_quant import suits
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import BUCKETS, PLAIN, Tile, bucket, w4_gemm_tile, warmup_tokens
@@ -10,9 +11,10 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def test_every_measured_tile_fits_its_shape() -> None:
-    for shapes in TABLE.values():
+    for gpu, shapes in TABLE.items():
         for (n, k, shards), rows in shapes.items():
-            assert set(rows) <= set(BUCKETS) and 1 in rows and 8192 in rows
+            assert set(rows) <= set(BUCKETS)
+            assert gpu != H100 or (1 in rows and 8192 in rows)  # other cards add to its rows
             for tile in rows.values():
                 assert Tile(*tile).fits(n, k, shards)
 
@@ -21,6 +23,15 @@ def test_a_measured_shape_gets_its_own_tile() -> None:
     for (n, k, shards), rows in TABLE[H100].items():
         for t, tile in rows.items():
             assert w4_gemm_tile(H100, True, t, n, k, shards) == Tile(*tile)
+
+
+def test_a_card_with_a_few_rows_takes_the_others_from_the_h100(monkeypatch) -> None:
+    monkeypatch.setitem(TABLE, "a card", {(4096, 4096, 1): {16: tuple(PLAIN[16])}})
+    tiles._tile.cache_clear()
+    for t, n, k in [(1, 4096, 4096), (64, 4096, 4096), (16, 28672, 4096), (8192, 10240, 8192)]:
+        assert w4_gemm_tile("a card", True, t, n, k, 1) == w4_gemm_tile(H100, True, t, n, k, 1)
+    assert w4_gemm_tile("a card", True, 16, 4096, 4096, 1) == PLAIN[16]
+    tiles._tile.cache_clear()
 
 
 @pytest.mark.parametrize("t", [1, 2, 16, 17, 64, 65, 300, 9000])
