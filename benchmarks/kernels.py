@@ -160,9 +160,11 @@ def compile_jobs(parts: list[str], tokens: list[int]) -> list[tuple[Callable, ob
 
 
 def finish(jobs: list[Future]) -> None:
+    """Wait for all. What failed here is compiled, or fails, where it is measured."""
     for job in jobs:
-        for tile, why in job.result():
-            say("does not compile:", tile, why)
+        error = job.exception()
+        for what, why in job.result() if error is None else [("a job", repr(error)[:200])]:
+            say("does not compile:", what, why)
 
 
 def shapes_of(part: str) -> list[Shape]:

@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -154,6 +155,17 @@ def test_every_variant_is_compiled_first(bench, monkeypatch):
                 tile = w4_gemm_tile(h100, True, t, n, k, 1)
                 assert sum(found == [tile] for _, found in gemms) == 1
     assert all(tile.fits(*shape) for shape, (tile,) in gemms)
+
+
+def test_a_variant_that_does_not_compile_is_named(bench, capsys):
+    jobs = [Future() for _ in range(3)]
+    jobs[0].set_exception(RuntimeError("out of registers"))
+    jobs[1].set_result([("a tile", "why")])
+    jobs[2].set_result([])
+    bench.kernels.finish(jobs)
+    said = capsys.readouterr().out
+    assert "a job RuntimeError('out of registers')" in said and "a tile why" in said
+    assert said.count("does not compile") == 2
 
 
 def made_up(kernel, us, tokens, shapes, question="gemm", gpu="H100", commit="new"):
