@@ -56,7 +56,7 @@ PLAN = {
     "decode_prompt": 32,
     "decode_tokens": 48,
     "decode_ends": 8,
-    "repeats": {"prefill": 5, "decode": 9},
+    "repeats": {"prefill": 5, "decode": 5},
     "profile_decode": [1, 32, 128],
 }
 TINY_PLAN = PLAN | {"prefill": [[1, 128], [2, 64]], "decode": [1, 4], "decode_tokens": 8}
