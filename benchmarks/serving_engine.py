@@ -113,9 +113,10 @@ def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None]) -> N
         for _ in range(2):  # the first trace pays for the profiler's own start
             prepare()
             probe.engine.collective_rpc("begin_trace")
-            start = time.perf_counter()
+            begin, start = time.time_ns(), time.perf_counter()
             times, _ = probe.finish()
-            kernels = probe.engine.collective_rpc("end_trace")[0]
+            span = begin, time.time_ns()
+            kernels = probe.engine.collective_rpc("end_trace", args=span)[0]
         for kernel in kernels:
             count, us = kernel["count"] / len(times), kernel["us"] / len(times)
             write(phase=phase, kernel=kernel["kernel"], count=count, us=us)

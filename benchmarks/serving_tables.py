@@ -16,6 +16,8 @@ UNITS = {
 """Measures that are not times of a step -> the column's title."""
 OWN = "own process"
 """Where the engine core ran (column ``engine``), as users get it. Old rows: "in-process", in the one that measured."""
+NO_KERNEL = ("(wall", "(busy", "(idle")
+"""How rows of a profile begin that are no kernels."""
 Row = dict[str, Any]
 Runs = dict[str, dict[str, dict[str, float]]]
 """format -> measure -> {"value", "ratio"} of its latest run."""
@@ -115,17 +117,19 @@ def print_tables(results: Path) -> None:
 
 
 def print_profile(rows: list[Row], most: int = 14) -> None:
-    """The kernels that take longest in each phase, microseconds a step."""
+    """The kernels that take longest in each phase, microseconds a step, and when the GPU had nothing to do."""
     phases = defaultdict(list)
     for row in rows:
         phases[row["phase"]].append(row)
     for phase, kernels in phases.items():
-        wall = sum(row["us"] for row in kernels if row["kernel"].startswith("("))
-        kernels = [row for row in kernels if not row["kernel"].startswith("(")]
+        others = [row for row in kernels if row["kernel"].startswith(NO_KERNEL)]
+        wall = sum(row["us"] for row in others if row["kernel"].startswith("(wall"))
+        kernels = [row for row in kernels if row not in others]
         busy = sum(row["us"] for row in kernels)
         print(f"  {phase}: {wall:.0f} us a step, kernels {busy:.0f} us")
-        for row in sorted(kernels, key=lambda row: -row["us"])[:most]:
-            share = row["us"] / busy
+        longest = sorted(kernels, key=lambda row: -row["us"])[:most]
+        for row in longest + sorted(others, key=lambda row: -row["us"])[:most]:
+            share = row["us"] / (wall if row in others else busy)
             print(f"    {row['us']:9.1f} us {share:6.1%} {row['count']:7.1f} x  {row['kernel'][:110]}")
 
 

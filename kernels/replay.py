@@ -6,8 +6,10 @@ the results and the memory in between are: the same compiled kernels run, on the
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -134,16 +136,16 @@ class Launch:
             start.compiled, grid
         )
         self._pointers: list[tuple[int, int, int]] = []
-        self._maps: list[tuple[int, int, int, Callable[[Any], list[Any]], dict[int, Any]]] = []
+        self._maps: list[tuple[int, int, int, Callable[[Any], list[Any]], Encoded]] = []
         seen = 0
         for slot, argument in enumerate(start.args):
             at, place = len(self._args), places.get(slot)
             if _is_descriptor(argument):
-                make = descriptor(argument, seen)
+                make, kind = descriptor(argument, seen)
                 seen += 1
                 self._args += make(_Address(argument.base.data_ptr()))  # a tensor would stay in memory
                 if place is not None:
-                    self._maps.append((at, *place, make, {}))
+                    self._maps.append((at, *place, make, _encoded(kind, argument)))
                 continue
             pointer = isinstance(argument, Tensor)
             self._args.append(argument.data_ptr() if pointer else argument)
@@ -166,6 +168,20 @@ class Launch:
         self._call(stream, args)
 
 
+class Encoded(dict[int, Any]):
+    """Address -> a descriptor, ready for the launcher."""
+
+
+_ENCODED: WeakValueDictionary[Any, Encoded] = WeakValueDictionary()
+
+
+def _encoded(kind: Any, like: Any) -> Encoded:
+    """Those of one kind, shared by recordings: a layer's weights are where they were for any number of tokens."""
+    layout, padding = getattr(like, "layout", None), getattr(like, "padding", None)
+    box = tuple(like.block_shape), like.base.dtype, id(layout), padding
+    return _ENCODED.setdefault((kind, tuple(like.shape), tuple(like.strides), *box), Encoded())
+
+
 class _Address:
     """What a launcher wants of a tensor: where it is."""
 
@@ -176,13 +192,17 @@ class _Address:
         return self._at
 
 
+Maker = tuple[Callable[[Any], list[Any]], Any]
+"""What makes a descriptor's arguments for the memory at an address, and what else than the descriptor they depend on."""
+
+
 def _public(compiled: Any, grid: tuple[int, ...]) -> tuple[Any, list[Any], Any]:
-    """(call, first arguments, maker of a descriptor's arguments) through Triton's own way to start a kernel."""
+    """(call, first arguments, function to a descriptor's Maker) through Triton's own way to start a kernel."""
     run = compiled[grid]
 
-    def descriptor(argument: Any, _: int) -> Callable[[Any], list[Any]]:
+    def descriptor(argument: Any, _: int) -> Maker:
         known = _with_base(argument, None)
-        return lambda base: [_with_base(known, base)]
+        return (lambda base: [_with_base(known, base)]), None
 
     return lambda stream, args: run(*args, stream=stream), [], descriptor
 
@@ -192,6 +212,25 @@ def _direct(compiled: Any, grid: tuple[int, ...]) -> tuple[Any, list[Any], Any] 
 
     Its Python parts take longer than the launch: above all they encode each descriptor anew.
     """
+    found = _c_launcher(compiled)
+    if found is None:
+        return None
+    start, metas, encode, fixed = found
+
+    def call(stream: int, args: list[Any]) -> None:
+        args[3] = stream
+        start(*args)
+
+    def descriptor(argument: Any, number: int) -> Maker:
+        known, meta = _with_base(argument, None), metas[number] if metas else None
+        return (lambda base: list(encode(_with_base(known, base), meta))), str(meta)
+
+    return call, [*grid, None, *fixed], descriptor
+
+
+@cache
+def _c_launcher(compiled: Any) -> tuple[Any, Any, Any, list[Any]] | None:
+    """(C function, its descriptors' metadata, what encodes one, arguments after the stream); looked up once: it is slow."""
     try:
         from triton.backends.nvidia.driver import make_tensordesc_arg
 
@@ -207,20 +246,11 @@ def _direct(compiled: Any, grid: tuple[int, ...]) -> tuple[Any, list[Any], Any] 
             or len(inspect.signature(make_tensordesc_arg).parameters) != 2
         ):
             return None
-        first = [*grid, None, compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl]
-        first += [None, None, compiled.packed_metadata, None, None, None]
+        fixed = [compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl]
+        fixed += [None, None, compiled.packed_metadata, None, None, None]
     except (ImportError, AttributeError, KeyError):
         return None
-
-    def call(stream: int, args: list[Any]) -> None:
-        args[3] = stream
-        start(*args)
-
-    def descriptor(argument: Any, number: int) -> Callable[[Any], list[Any]]:
-        known, meta = _with_base(argument, None), metas[number] if metas else None
-        return lambda base: list(make_tensordesc_arg(_with_base(known, base), meta))
-
-    return call, first, descriptor
+    return start, metas, make_tensordesc_arg, fixed
 
 
 def _with_base(descriptor: Any, base: Any) -> Any:

@@ -1,6 +1,7 @@
 """Runs of operators as one call: the graph pass on CPU implementations, and replaying kernels with other pointers."""
 
 import ctypes
+import inspect
 import json
 import weakref
 from types import SimpleNamespace
@@ -299,6 +300,66 @@ def test_recording_keeps_no_tensor(device):
     del base, start, descriptor
     assert gone() is None
     assert made._args[0].base.data_ptr() == made._args[1] == address
+
+
+def test_recordings_share_what_they_know_of_weights(device):
+    """Another number of tokens must not encode the descriptors of every layer's weights again, nor keep them for ever."""
+    started = []
+
+    class Noted:
+        def __getitem__(self, grid):
+            return lambda *args, stream: started.append(args[0])
+
+    def recorded(rows):
+        descriptor = Descriptor()
+        descriptor.base, descriptor.shape, descriptor.strides = torch.zeros(4), [rows, 4], [4, 1]
+        return replay.Launch(replay.Start(Noted(), (1,), [descriptor]), {0: replay.Place(0, 16)})
+
+    one, same, other = recorded(1), recorded(1), recorded(2)
+    for launch, pointer in ((one, 64), (one, 128), (one, 64), (same, 128), (other, 128), (other, 64)):
+        launch.run(7, [pointer])
+        assert started[-1].base.data_ptr() == pointer + 16
+    assert started[0] is started[2] and started[1] is started[3]
+    assert started[4].shape == [2, 4] and started[4] is not started[1]
+    key = next(key for key, known in replay._ENCODED.items() if known is one._maps[0][-1])
+    del one, launch
+    assert len(replay._ENCODED[key]) == 2
+    del same
+    assert key not in replay._ENCODED
+
+
+def test_c_launcher_is_called_with_what_triton_would_give_it(device, monkeypatch):
+    """As Triton 3.6 wraps it where there are descriptors. What is encoded depends on the address, shape and metadata."""
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    started = []
+
+    def encode(argument, meta):
+        return [(argument.base.data_ptr(), meta["swizzle"]), *argument.shape, *argument.strides]
+
+    def wrapped(launcher, tensordesc_meta):
+        return lambda *args: launcher(tensordesc_meta, *args)
+
+    def launch(swizzle):
+        run = SimpleNamespace(
+            launch=wrapped(lambda *args: started.append(args), [{"swizzle": swizzle}]),
+            global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True,
+        )  # fmt: skip
+        compiled = SimpleNamespaceHashed(run=run, function=11, packed_metadata=(4, 1))
+        described = Descriptor()
+        described.base, described.shape, described.strides = torch.zeros(4), [1, 4], [4, 1]
+        start = replay.Start(compiled, (3, 2), [described, torch.zeros(2), 9])
+        return replay.Launch(start, {0: replay.Place(0, 8), 1: replay.Place(1, 0)})
+
+    monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
+    monkeypatch.setattr(inspect, "isbuiltin", lambda _: True)
+    for swizzle in (3, 1):
+        launch(swizzle).run(7, [100, 200])
+        fixed = (3, 2, 1, 7, 11, False, True, None, None, (4, 1), None, None, None)
+        assert started.pop() == (*fixed, (108, swizzle), 1, 4, 4, 1, 200, 9)
+
+
+class SimpleNamespaceHashed(SimpleNamespace):
+    __hash__ = object.__hash__
 
 
 def test_recordings_are_for_one_shape_stride_and_alignment(device):

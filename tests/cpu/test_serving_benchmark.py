@@ -286,7 +286,7 @@ def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, c
     group = [(now, *item) for item in now.todo("tiny").items()]
     benchmarks.measure_group("tiny", group)
     shown = capsys.readouterr().out
-    assert "failed" not in shown and "split" not in shown, shown
+    assert "failed" not in shown and "was split" not in shown, shown
     rows = benchmarks.read_rows(tmp_path / "rows.csv")
     steps = {row["measure"]: row for row in rows if row["measure"].startswith(("prefill", "decode"))}
     assert list(steps) == now.measures("tiny") and {row["engine"] for row in rows} == {"own process"}
@@ -298,6 +298,25 @@ def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, c
     attention = [row for row in kernels if row["kernel"] == "vllm::unified_attention_with_output"]
     assert [row["phase"] for row in attention] == ["decode_b2", "prefill_1x128", "prefill_2x64"]
     assert all(float(row["count"]) == 2 for row in attention)  # layers: the steps of a trace are counted
+    for phase in ("decode_b2", "prefill_1x128"):
+        spent = {row["kernel"]: float(row["us"]) for row in kernels if row["phase"] == phase}
+        parts = sum(us for name, us in spent.items() if name.startswith(("(idle", "(busy")))
+        assert parts == pytest.approx(spent["(wall time)"], rel=0.01) and spent["(busy)"] < parts
+
+
+def test_idle_time_is_told_by_the_kernel_that_ends_it(benchmarks):
+    from serving_worker import idle
+
+    # The second waits for the first while it runs; the fourth lies within the third.
+    spans = [(35, 60, "c"), (15, 30, "b"), (10, 20, "a"), (40, 50, "d"), (62, 64, "c"), (65, 66, "e")]
+    assert idle(spans, 7, 70) == {
+        "(idle before the first)": (1, 3),
+        "(idle before) c": (2, 7),
+        "(idle before) e": (1, 1),
+        "(idle after the last)": (1, 4),
+        "(busy)": (1, 48),
+    }
+    assert idle([(0, 5, "a")], 0, 5) == {"(idle after the last)": (1, 0), "(busy)": (1, 5)}
 
 
 VLLM = """
