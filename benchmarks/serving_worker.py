@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-BUSY, BEFORE, AFTER, BETWEEN = "(busy)", "(idle before the first)", "(idle after the last)", "(idle before) "
+BUSY, BEFORE, AFTER, BETWEEN = (
+    "(busy)",
+    "(idle before the first)",
+    "(idle after the last)",
+    "(idle before) ",
+)
 """Rows of a trace that are no kernels: when any ran, and when none did, by the kernel that came next."""
 
 

@@ -344,7 +344,7 @@ def test_c_launcher_is_called_with_what_triton_would_give_it(device, monkeypatch
             launch=wrapped(lambda *args: started.append(args), [{"swizzle": swizzle}]),
             global_scratch_size=0, profile_scratch_size=0, launch_cooperative_grid=False, launch_pdl=True,
         )  # fmt: skip
-        compiled = SimpleNamespaceHashed(run=run, function=11, packed_metadata=(4, 1))
+        compiled = Hashed(run=run, function=11, packed_metadata=(4, 1))
         described = Descriptor()
         described.base, described.shape, described.strides = torch.zeros(4), [1, 4], [4, 1]
         start = replay.Start(compiled, (3, 2), [described, torch.zeros(2), 9])
@@ -358,7 +358,7 @@ def test_c_launcher_is_called_with_what_triton_would_give_it(device, monkeypatch
         assert started.pop() == (*fixed, (108, swizzle), 1, 4, 4, 1, 200, 9)
 
 
-class SimpleNamespaceHashed(SimpleNamespace):
+class Hashed(SimpleNamespace):
     __hash__ = object.__hash__
 
 
