@@ -85,8 +85,9 @@ test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed pac
 soak: $(STAMP_DEV) ## half an hour of clients, damaged files, killed runs and the documents' commands; adds rows to benchmarks/results/soak.csv
 	$(BIN)/python -m tests.soak.run
 
-readme: ## the tables of README.md and docs/recipes.md, from benchmarks/results and the registry
+readme: ## the tables of README.md and docs/recipes.md and docs/perplexity.png, from benchmarks/results and the registry
 	$(PYTHON) .ci/readme_table.py
+	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) .ci/readme_plot.py
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) .ci/recipes_table.py
 
 clean: ## remove .venv, caches and what the quick start wrote

@@ -75,6 +75,10 @@ LEFT_OUT = ("kv8", "w4a8", "-g128")
 """Variants of recipes that ``comparison`` leaves to whoever asks for them."""
 
 
+FAR = 1.25
+"""In the plot, times the unquantized perplexity: what is beyond lies at the edge."""
+
+
 def expand(configs: list[str]) -> list[str]:
     """``comparison`` becomes the recipes that it stands for."""
     comparison = [name for name in RECIPES if not any(part in name for part in LEFT_OUT)]
@@ -206,6 +210,7 @@ def main() -> int:
     if args.plot:
         with args.out.open(newline="") as f:
             rows = [r for r in csv.DictReader(f) if r["model"] == name and r["text"] in counts]
+            rows = [r for r in rows if r["calib"] == calib or r["config"] == UNQUANTIZED]
         plot(rows, args.plot)
     return int(failed)
 
@@ -229,7 +234,8 @@ def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
 
 def plot(rows: list[dict[str, str]], file: Path) -> None:
     """Dots of perplexity, mean over seeds, a line for each configuration (best first, by all texts) and a panel for
-    each text, its unquantized perplexity as a dashed line. rows: of the CSV, one model's."""
+    each text, its unquantized perplexity as a dashed line. Colours: bits of activations. What is far off lies at the
+    edge with its figure. rows: of the CSV, one model's."""
     from matplotlib import pyplot
 
     texts = sorted({row["text"] for row in rows})
@@ -244,15 +250,31 @@ def plot(rows: list[dict[str, str]], file: Path) -> None:
     figure, panels = pyplot.subplots(
         1, len(texts), figsize=(2 + 3 * len(texts), 1 + 0.25 * len(configs)), squeeze=False, sharey=True
     )
+    bits = {c: recipe_of(c, {})[1].activation_bits for c in configs}
+    colours = dict(
+        zip(sorted(set(bits.values())), ("tab:blue", "tab:orange", "tab:green"), strict=False)
+    )
     for text, axes in zip(texts, panels[0], strict=True):
-        here = [c for c in configs if text in found[c]]
-        axes.plot([mean(found[c][text]) for c in here], [configs.index(c) for c in here], "o")
+        values = {c: mean(found[c][text]) for c in configs if text in found[c]}
+        edge = FAR * mean(original.get(text) or values.values())
+        axes.set_xlim(min([*values.values(), edge / FAR]) * 0.98, edge)
+        for a, colour in colours.items():
+            near = {c: v for c, v in values.items() if bits[c] == a and v <= edge}
+            axes.plot(
+                [*near.values()], [configs.index(c) for c in near], "o", color=colour, label=f"A{a}"
+            )
+        for c, value in values.items():
+            if value > edge:
+                look = {"ha": "right", "va": "center", "fontsize": 8, "color": colours[bits[c]]}
+                axes.text(edge, configs.index(c), f"{value:.4g} \N{RIGHTWARDS ARROW}", **look)
         if text in original:
             axes.axvline(mean(original[text]), color="0.6", linestyle="--")
         axes.set_yticks(range(len(configs)), configs)
+        axes.set_ylim(-0.7, len(configs) - 0.3)
         axes.set_title(f"{text} ({most[text]} windows)", fontsize=9)
         axes.set_xlabel("perplexity")
         axes.grid(axis="y", color="0.9")
+    panels[0][0].legend(title="activations", fontsize=8, title_fontsize=8, loc="upper right")
     figure.tight_layout()
     figure.savefig(file, dpi=90)
 

@@ -86,14 +86,14 @@ def appended(file: Path, fields: list[str]) -> Iterator[Any]:
     if rows is not None:
         new = file.with_suffix(".new")
         with new.open("w", newline="") as f:
-            writer = csv.DictWriter(f, fields)
+            writer = csv.DictWriter(f, fields, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
         new.replace(file)
     with file.open("a", newline="") as f:
 
         def append(rows: list[dict[str, Any]]) -> None:
-            csv.DictWriter(f, fields).writerows(rows)
+            csv.DictWriter(f, fields, lineterminator="\n").writerows(rows)
             f.flush()
 
         yield append

@@ -62,7 +62,11 @@ END_TO_END: dict[str, Any] = {
     "diag_rows": "normalized",
     "epochs": 5,
     "distill_epochs": 3,
-    "distill_generated": 512,
+    "distill_generated": 2048,
+    "distill_batch_size": 8,
+    "distill_lr": 3e-3,
+    "distill_weight_lr": 3e-3,
+    "precision": "high",
 }
 END_TO_ENDS: dict[str, NamedRecipe] = {
     "flatquant-e2e-w4a4": NamedRecipe(

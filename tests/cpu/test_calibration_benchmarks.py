@@ -13,6 +13,8 @@ from test_recipes import script
 
 from vllm_flatquant.calibration.data import evaluation_tokens
 from vllm_flatquant.calibration.evaluate import perplexity, windows
+from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.recipes import RECIPES
 from vllm_flatquant.calibration.reference import load_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +97,34 @@ def test_table_and_plot_of_rows_without_seconds(tmp_path):
     ]
     script(ROOT / "benchmarks" / "accuracy.py").plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_has_the_tables_of_the_results():
+    readme = script(ROOT / ".ci" / "readme_table.py")
+    page = readme.README.read_text(encoding="utf-8")
+    assert {m[2] for m in readme.BLOCK.finditer(page)} == readme.tables().keys()
+    assert page == readme.with_tables(page), (
+        "README.md is older than benchmarks/results: run make readme"
+    )
+
+
+def test_rows_of_the_end_to_end_table_are_the_recipes():
+    readme, ablation = (
+        script(ROOT / ".ci" / "readme_table.py"),
+        script(ROOT / "benchmarks" / "ablation.py"),
+    )
+    assert readme.BLOCKS.keys() == {name for name in RECIPES if "e2e" in name}
+    for name, blocks in readme.BLOCKS.items():
+        settings = ablation.parse(blocks) | ablation.parse(readme.LAST_STAGE)
+        assert make_recipe(**settings) == RECIPES[name].recipe()
+    found = {row["config"] for row in readme.end_to_end(readme.read("ablation"))}
+    assert found == readme.BLOCKS.keys()
+
+
+def test_tables_leave_out_changed_recipes_and_other_calibration_texts():
+    readme = script(ROOT / ".ci" / "readme_table.py")
+    rows = [{"config": c, "calib": t} for c, t in (("a", "x"), ("b", "x"), ("a", "y"), ("a:lr=1", "x"))]
+    assert readme.usual(rows) == rows[:2]
 
 
 def test_best_stands_for_the_settings_that_did_best(tmp_path):
