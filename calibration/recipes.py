@@ -226,7 +226,7 @@ ROUNDINGS: dict[str, NamedRecipe] = {
         {**MAGR_SETTINGS, "scheme": "w3a16", "weight_shrink": 0.9},
     ),
     "magr-w2a16": NamedRecipe(
-        "as magr-w3a16 with 2-bit weights",
+        "as magr-w3a16 with 2-bit weights; too few for the small models measured",
         {**MAGR_SETTINGS, "scheme": "w2a16", "weight_shrink": 0.8},
     ),
 }
