@@ -6,7 +6,8 @@ number or null as it is, ``["dtype", name]``, or a value: ``["in", i]``, the i-t
 what an earlier step returned (index null where the operator returns one tensor).
 
 On CUDA the first call for a number of tokens runs the operators and records which kernels they started. Later calls
-start the same kernels with other pointers: no dispatcher, no checks, one allocation for all that lies in between.
+start the same kernels with other pointers: no dispatcher, no checks, one allocation for all that lies in between. Beyond
+256 tokens a recording serves every number with the same ``jit.room``: a server meets few numbers twice.
 """
 
 import json
@@ -18,11 +19,11 @@ import torch
 from torch import Tensor
 
 from . import kron_quant, rmsnorm_kron_quant, silu_mul_kron_quant, w4_gemm  # noqa: F401 (their operators)
-from .jit import OPERATORS, recording, register
+from .jit import OPERATORS, recording, register, room
 from .replay import Recorder, Replay, apart
 
 _KEPT = 256
-"""Recordings of a program that are kept: numbers of tokens that come again."""
+"""Recordings of a program that are kept: numbers of tokens, or rooms, that come again."""
 _UNKNOWN: Any = object()
 
 
@@ -36,6 +37,7 @@ class Program:
         self.steps: list[tuple[str, list[Any]]] = [(name, args) for name, args in parsed["steps"]]
         self.results: list[Any] = parsed["results"]
         self.recordings: dict[Any, Replay | None] = {}
+        self.exact = False  # a recording was met that is right for one number of tokens only
 
     def interpret(self, kind: str, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Call the operators' own functions: "cuda", "cpu" or "fake"."""
@@ -61,20 +63,34 @@ class Program:
         bits = 0
         for pointer in pointers:
             bits |= pointer
-        key = (inputs[0].device, *[(inputs[i].shape, inputs[i].stride()) for i in self.changing])
+        tokens, key = self._key(inputs)
         replay = self.recordings.get(key, _UNKNOWN)
         if bits % 16 == 0 and replay is not _UNKNOWN:
-            return self.interpret("cuda", inputs) if replay is None else replay.run(pointers)
+            return self.interpret("cuda", inputs) if replay is None else replay.run(pointers, tokens)
         self._check(inputs)
         if bits % 16 or not apart(inputs):
             return self.interpret("cuda", inputs)
-        recorder = Recorder(inputs)
+        recorder = Recorder(inputs, self.changing, tokens)
         with recording(recorder):
             results = self.interpret("cuda", inputs)
+        made = recorder.finish(results)
+        if made is not None and tokens and not recorder.serves_room(results):
+            self.exact = True  # those made before still are what they were
+            _, key = self._key(inputs)
         if len(self.recordings) >= _KEPT:
             self.recordings.pop(next(iter(self.recordings)))
-        self.recordings[key] = recorder.finish(results)
+        self.recordings[key] = made
         return results
+
+    def _key(self, inputs: Sequence[Tensor]) -> tuple[int, Any]:
+        """The number of tokens (0 where inputs that change have different numbers of rows), and what a recording is for."""
+        some = [inputs[i] for i in self.changing]
+        tokens = some[0].shape[0] if some else 0
+        for x in some:
+            if x.shape[0] != tokens:
+                return 0, (inputs[0].device, *[(x.shape, x.stride()) for x in some])
+        like = [(x.shape[1:], x.stride()) for x in some]
+        return tokens, (inputs[0].device, tokens if self.exact else room(tokens), *like)
 
     def _check(self, inputs: Sequence[Tensor]) -> None:
         """ValueError if inputs are not what the program was made for: a recording would not fit them."""

@@ -101,7 +101,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
         found[0][(*grid, 1, 1)](*args, *found[1])
     recorder = getattr(_local, "recorder", None)
     if recorder is not None:
-        recorder.launched(found[0], grid, [*args, *found[1]])
+        tokens = kernel.arg_names.index("t") if "t" in kernel.arg_names else None
+        recorder.launched(found[0], grid, [*args, *found[1]], tokens)
+
+
+STEP, EXACT = 64, 256
+"""``room``: what rows are rounded up to, and beyond how many tokens."""
+
+
+def room(tokens: int) -> int:
+    """Rows that a call on so many tokens is laid out for.
+
+    Grids, descriptors and memory follow this number, and nothing but a kernel's argument ``t`` follows the tokens: so
+    a recording (``replay.py``) serves every number of tokens with the same room. Up to 256, where CUDA graphs are made
+    and a row counts, it is the number itself. Token tiles of products are multiples of 64 beyond.
+    """
+    return tokens if tokens <= EXACT else -(-tokens // STEP) * STEP
+
+
+def leading(block: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The first rows of memory that has room for more."""
+    return block if block.shape[0] == tokens else block[:tokens]
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, empty, hopper, launch, multiprocessors, register, tl, triton
+from .jit import INTERPRET, empty, hopper, launch, leading, multiprocessors, register, room, tl, triton
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def plan(
     (docs/decisions.md).
     Raises ValueError if the factors do not fit ``k`` (as ``factor_sizes``).
     """
-    t = x.shape[0]
+    t = room(x.shape[0])
     sms = multiprocessors(x.device) if x.is_cuda else t * shards
     # Few tokens: every program has one, and nothing to load ahead. (The transform alone has one form.)
     load = 0 if t * shards <= sms and kind != "kron" else 1 if t < 32 * sms else 2
@@ -276,8 +276,7 @@ def empty_codes(t: int, k: int, device: torch.device) -> Tensor:
 
     A bulk load that reaches past its array is slow, one that reads bytes nobody uses is not.
     """
-    codes = empty((-(-t // 128) * 128, k), torch.int8, device)
-    return codes[:t] if t % 128 else codes
+    return leading(empty((-(-t // 128) * 128, k), torch.int8, device), t)
 
 
 def rows(x: Tensor) -> Tensor:

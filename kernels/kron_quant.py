@@ -8,7 +8,7 @@ One scale per token and shard block, so that codes and scales are the same at ev
 import torch
 from torch import Tensor
 
-from .jit import empty, launch, register, tl, triton
+from .jit import empty, launch, leading, register, room, tl, triton
 from .kron import empty_codes, fused, kron_wide_ref, load_factors, plan, prefetch, rows, transform
 from .quantize import qmax, quantize_ref
 
@@ -91,7 +91,7 @@ def kron_quant_triton(
         return kron_quant_ref(x, left, right, clip, bits)
     p = plan(x, k, left, right, shards)
     codes = empty_codes(t, k, x.device)
-    scale = empty((t, shards), torch.float32, x.device)
+    scale = leading(empty((room(t), shards), torch.float32, x.device), t)
     if t:
         launch(
             _kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),

@@ -2,6 +2,7 @@
 
 Between two calls with inputs of the same shapes, strides, types and alignment nothing changes but where the inputs,
 the results and the memory in between are: the same compiled kernels run, on the same grids, with the same numbers.
+Where the numbers of tokens differ but not their ``jit.room``, the argument ``t`` of each kernel changes too.
 """
 
 import inspect
@@ -14,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .jit import is_persistent
+from .jit import is_persistent, leading
 
 _ALIGN = 256
 _MOST_MAPS = 4096
@@ -28,18 +29,22 @@ class Place(NamedTuple):
 
 
 class Start(NamedTuple):
-    """A kernel that was started: the compiled variant, its grid and all its arguments."""
+    """A kernel that was started: the compiled variant, its grid, all its arguments, and which is the number of tokens."""
 
     compiled: Any
     grid: tuple[int, ...]
     args: list[Any]
+    tokens: int | None = None
 
 
 class Recorder:
-    """Listens to ``jit.launch`` and ``jit.empty`` while operators run on ``inputs``, which have different addresses."""
+    """Listens to ``jit.launch`` and ``jit.empty`` while operators run on ``inputs``, which have different addresses.
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        self._inputs = list(inputs)
+    moving: those of the inputs that have a row for each of ``tokens`` tokens; 0 if their rows differ.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], moving: Sequence[int] = (), tokens: int = 0) -> None:
+        self._inputs, self._moving, self._tokens = list(inputs), moving, tokens
         self._blocks: list[Tensor] = []  # kept, so that no two have one address
         self._starts: list[Start] = []
 
@@ -47,9 +52,23 @@ class Recorder:
         """``tensor`` is new memory of an operator."""
         self._blocks.append(tensor)
 
-    def launched(self, compiled: Any, grid: tuple[int, ...], args: list[Any]) -> None:
-        """A kernel was started."""
-        self._starts.append(Start(compiled, grid, args))
+    def launched(
+        self, compiled: Any, grid: tuple[int, ...], args: list[Any], tokens: int | None
+    ) -> None:
+        """A kernel was started. tokens: which of ``args`` may be their number."""
+        if tokens is not None and (not self._tokens or args[tokens] != self._tokens):
+            tokens = None
+        self._starts.append(Start(compiled, grid, args, tokens))
+
+    def serves_room(self, results: Sequence[Tensor]) -> bool:
+        """Whether the recording is right for any number of tokens that has the same ``jit.room``: every kernel is told the
+        number, and none has a descriptor of an input's rows, of which there are no more than tokens."""
+        spans = [_span(self._inputs[i]) for i in self._moving]
+        return self._tokens > 0 and all(
+            start.tokens is not None
+            and not any(_is_descriptor(x) and _find(_span(x), spans) for x in start.args)  # type: ignore[arg-type]
+            for start in self._starts
+        ) and all(result.shape[0] in (0, self._tokens) for result in results)  # fmt: skip
 
     def finish(self, results: Sequence[Tensor]) -> "Replay | None":
         """The recording; None if anything but these kernels took part, as where an operator fell back to PyTorch."""
@@ -94,36 +113,41 @@ class Recorder:
             for start, slots in zip(self._starts, found, strict=True)
         ]
         shapes = [
-            (tuple(self._blocks[block].shape), result.shape[0], result.dtype)  # type: ignore[index]
+            (
+                tuple(self._blocks[block].shape),  # type: ignore[index]
+                None if result.shape[0] == self._tokens else result.shape[0],
+                result.dtype,
+            )
             for block, result in zip(made, results, strict=True)
         ]
         return Replay(launches, shapes, workspace, results[0].device)
 
 
 class Replay:
-    """A recording. ``run`` starts its kernels on the current stream."""
+    """A recording. ``run`` starts its kernels on the current stream. Results: shape of the memory, rows (None: one for
+    each token), type."""
 
     def __init__(
         self,
         launches: "list[Launch]",
-        results: list[tuple[tuple[int, ...], int, torch.dtype]],
+        results: list[tuple[tuple[int, ...], int | None, torch.dtype]],
         workspace: int,
         device: torch.device,
     ) -> None:
         self._launches, self._results = launches, results
         self._workspace, self._device = workspace, device
 
-    def run(self, pointers: list[int]) -> list[Tensor]:
-        """``pointers``: addresses of the inputs. Returns the results."""
+    def run(self, pointers: list[int], tokens: int) -> list[Tensor]:
+        """``pointers``: addresses of the inputs, which have a row for each of ``tokens``. Returns the results."""
         results = [torch.empty(shape, dtype=d, device=self._device) for shape, _, d in self._results]
         workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device)
         every = [*pointers, *[result.data_ptr() for result in results], workspace.data_ptr()]
         stream = torch.cuda.current_stream(self._device).cuda_stream
         for launch in self._launches:
-            launch.run(stream, every)
+            launch.run(stream, every, tokens)
         return [
-            result if rows == shape[0] else result[:rows]
-            for result, (shape, rows, _) in zip(results, self._results, strict=True)
+            leading(result, tokens if rows is None else rows)
+            for result, (_, rows, _) in zip(results, self._results, strict=True)
         ]
 
 
@@ -135,6 +159,7 @@ class Launch:
         self._call, self._args, descriptor = _direct(start.compiled, grid) or _public(
             start.compiled, grid
         )
+        self._tokens: int | None = None
         self._pointers: list[tuple[int, int, int]] = []
         self._maps: list[tuple[int, int, int, Callable[[Any], list[Any]], Encoded]] = []
         seen = 0
@@ -147,14 +172,18 @@ class Launch:
                 if place is not None:
                     self._maps.append((at, *place, make, _encoded(kind, argument)))
                 continue
+            if slot == start.tokens:
+                self._tokens = at
             pointer = isinstance(argument, Tensor)
             self._args.append(argument.data_ptr() if pointer else argument)
             if pointer and place is not None:
                 self._pointers.append((at, *place))
 
-    def run(self, stream: int, pointers: list[int]) -> None:
+    def run(self, stream: int, pointers: list[int], tokens: int) -> None:
         """Start it."""
         args = self._args.copy()
+        if self._tokens is not None:
+            args[self._tokens] = tokens
         for at, source, offset in self._pointers:
             args[at] = pointers[source] + offset
         for at, source, offset, make, known in self._maps:

@@ -9,7 +9,7 @@ so the transform runs on ``x * weight`` without waiting for the sum of squares.
 import torch
 from torch import Tensor
 
-from .jit import empty, launch, register, tl, triton
+from .jit import empty, launch, leading, register, room, tl, triton
 from .kron import empty_codes, fused, load_factors, plan, prefetch, prefetchable, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
@@ -97,8 +97,9 @@ def rmsnorm_kron_quant_triton(
     added = x if residual is None else rows(residual)
     p = plan(x, k, left, right, 1, "norm", prefetchable(added))
     codes = empty_codes(t, k, x.device)
-    scale = empty((t, 1), torch.float32, x.device)
-    total = empty((0,) if residual is None else (t, k), x.dtype, x.device)
+    scale = leading(empty((room(t), 1), torch.float32, x.device), t)
+    total = empty((0,) if residual is None else (room(t), k), x.dtype, x.device)
+    total = total if residual is None else leading(total, t)
     if t:
         launch(
             _rmsnorm_kron_quant_kernel, p.grid, x, added, norm_weight, x if left is None else left.contiguous(),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import empty, has_gluon, hopper, launch, multiprocessors, register, tl, triton
+from .jit import empty, has_gluon, hopper, launch, leading, multiprocessors, register, room, tl, triton
 from .kron import empty_codes, fused, load_factors, plan, rows, transform
 from .kron_quant import kron_quant_ref, quantize
 from .quantize import qmax
@@ -103,7 +103,7 @@ def on_hopper(x: Tensor, left: Tensor | None, right: Tensor | None, shards: int)
         left is not None
         and right is not None
         and hopper(x.device)
-        and suits(x.shape[0], shards, left.shape, right.shape, multiprocessors(x.device))
+        and suits(room(x.shape[0]), shards, left.shape, right.shape, multiprocessors(x.device))
         and x.dtype in (torch.bfloat16, torch.float16)
         and left.dtype == right.dtype == x.dtype
         and x.is_contiguous()
@@ -127,7 +127,7 @@ def silu_mul_kron_quant_triton(
     if not fused(x, k, left, right, shards):
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
     codes = empty_codes(t, k, x.device)
-    scale = empty((t, shards), torch.float32, x.device)
+    scale = leading(empty((room(t), shards), torch.float32, x.device), t)
     if on_hopper(x, left, right, shards):
         assert left is not None and right is not None
         # Gluon, so imported only where it is used

@@ -25,7 +25,7 @@ from .hopper_gluon import (
     reinterpret,
     wait_for_inputs,
 )
-from .jit import launch, multiprocessors
+from .jit import launch, multiprocessors, room
 
 ROWS = 16  # of a TMA box: the largest that divides the 112 rows of a 14336-wide token
 # Measured: docs/decisions.md. The ring takes 128 KB, factors and the product between them 96.
@@ -237,8 +237,10 @@ def silu_mul_kron_quant_hopper(
 ) -> None:
     """Write codes [T, K] and scale [T, S]. Shapes as ``silu_mul_kron_quant``; what this takes, ``on_hopper`` says."""
     t, shards, a, b = x.shape[0], clip.shape[0], left.shape[1], right.shape[1]
+    there = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
+    rows = min(room(t), there // x.shape[1])  # those that memory holds
     launch(
-        _silu_mul_kron_quant_hopper_kernel, (min(t, max(1, multiprocessors(x.device) // shards)), shards),
-        descriptor(x, t * 2 * shards * a, b, ROWS, 64, 128), left.contiguous(), right.contiguous(), clip, codes, scale,
+        _silu_mul_kron_quant_hopper_kernel, (min(room(t), max(1, multiprocessors(x.device) // shards)), shards),
+        descriptor(x, rows * 2 * shards * a, b, ROWS, 64, 128), left.contiguous(), right.contiguous(), clip, codes, scale,
         t, a=a, B=b, QMAX=qmax, PDL=True, launch_pdl=True, **OPTIONS,
     )  # fmt: skip

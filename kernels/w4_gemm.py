@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, empty, has_gluon, hopper, launch, register, tl, triton
+from .jit import INTERPRET, empty, has_gluon, hopper, launch, leading, register, room, tl, triton
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
 
@@ -158,7 +158,7 @@ def w4_gemm_triton(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Write the product into ``out`` [T, N] with the given tile. Shapes as ``w4_gemm``."""
+    """Write the product into ``out`` [T or more, N] with the given tile. Shapes as ``w4_gemm``."""
     t, k = codes.shape
     blocks, n, _ = weight.shape
     shards = scale.shape[1]
@@ -201,12 +201,12 @@ def _w4_gemm_cuda(
     _check(codes, scale, weight, weight_scale, bias)
     t, k = codes.shape
     n = weight.shape[1]
-    out = empty((t, n), out_dtype, codes.device)
+    out = empty((room(t), n), out_dtype, codes.device)
     if t:
         codes, scale = codes.contiguous(), scale.contiguous()
-        tile = _tile(codes.device, t, n, k, scale.shape[1])
+        tile = _tile(codes.device, room(t), n, k, scale.shape[1])
         run_tile(codes, scale, weight, weight_scale, bias, out, tile)
-    return out
+    return leading(out, t)
 
 
 def _tile(device: torch.device, t: int, n: int, k: int, shards: int) -> Tile:

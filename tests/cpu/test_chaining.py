@@ -317,7 +317,7 @@ def test_recordings_share_what_they_know_of_weights(device):
 
     one, same, other = recorded(1), recorded(1), recorded(2)
     for launch, pointer in ((one, 64), (one, 128), (one, 64), (same, 128), (other, 128), (other, 64)):
-        launch.run(7, [pointer])
+        launch.run(7, [pointer], 0)
         assert started[-1].base.data_ptr() == pointer + 16
     assert started[0] is started[2] and started[1] is started[3]
     assert started[4].shape == [2, 4] and started[4] is not started[1]
@@ -353,7 +353,7 @@ def test_c_launcher_is_called_with_what_triton_would_give_it(device, monkeypatch
     monkeypatch.setattr(driver, "make_tensordesc_arg", encode)
     monkeypatch.setattr(inspect, "isbuiltin", lambda _: True)
     for swizzle in (3, 1):
-        launch(swizzle).run(7, [100, 200])
+        launch(swizzle).run(7, [100, 200], 0)
         fixed = (3, 2, 1, 7, 11, False, True, None, None, (4, 1), None, None, None)
         assert started.pop() == (*fixed, (108, swizzle), 1, 4, 4, 1, 200, 9)
 

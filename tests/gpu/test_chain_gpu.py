@@ -1,5 +1,7 @@
 """A chain of operators on the GPU: bit for bit its operators, recorded, replayed and in a CUDA graph."""
 
+import json
+
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -8,7 +10,8 @@ if not torch.cuda.is_available():
     pytest.skip("needs a CUDA GPU", allow_module_level=True)
 
 from vllm_flatquant.chaining import chain_operators
-from vllm_flatquant.kernels.chain import _program
+from vllm_flatquant.kernels.chain import _program, chain
+from vllm_flatquant.kernels.jit import room
 from vllm_flatquant.kernels.pack import pack_device
 
 OPS = torch.ops.flatquant
@@ -82,3 +85,51 @@ def test_chain_is_its_operators(dtype, wide, counts):
         graph.replay()
         for actual, wanted in zip(results, decoder(*static), strict=True):
             assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize("wide", [3584, 14336])
+def test_recording_serves_every_number_of_tokens_with_its_room(wide):
+    """A recording made for one number is started for others: bit for bit the operators, up to the edges of its room."""
+    layer = weights(0, torch.bfloat16, wide)
+    inputs = [*activations(300, torch.bfloat16), *layer]
+    module = make_fx(decoder, tracing_mode="fake")(*inputs)
+    assert chain_operators(module.graph) == 8
+    call = next(node for node in module.graph.nodes if "chain" in str(node.target))
+    names = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    order = [names.index(node.name) for node in call.args[0]]
+    program = json.loads(call.args[1])
+    for like, number in zip(program["inputs"], order, strict=True):
+        if number < 2:  # as a graph for any number of tokens has it
+            like[1] = like[2] = None
+    text = json.dumps(program)
+    numbers = (
+        300,
+        257,
+        319,
+        320,
+        321,
+        383,
+        384,
+        513,
+        530,
+        576,
+        600,
+        1025,
+        1088,
+        2047,
+        2048,
+        4200,
+        4224,
+        256,
+        255,
+    )
+    for tokens in numbers:
+        inputs = [*activations(tokens, torch.bfloat16), *layer]
+        expected = decoder(*inputs)
+        for turn in range(2):
+            results = chain([inputs[i] for i in order], text)
+            for actual, (_, _, part) in zip(results, program["results"], strict=True):
+                wanted = expected[0] if part is None else expected[1]
+                assert torch.equal(actual, wanted), f"{tokens} tokens, turn {turn}"
+    recordings = _program(text).recordings
+    assert len(recordings) == len({room(t) for t in numbers}) and None not in recordings.values()

@@ -166,3 +166,29 @@ def test_w4_gemm_accumulators_are_exact() -> None:
     tile = Tile(16, 16, 1, 2, 2)
     w4_gemm_triton(codes, torch.ones(2, 1), pack_device(weight), torch.ones(16, 1), None, out, tile)
     assert torch.equal(out.long(), codes.long() @ weight.long().T)
+
+
+def test_more_room_than_tokens() -> None:
+    """Beyond 256 tokens grids and memory are for 64 at a time: programs without a token, rows that nobody reads."""
+    torch.manual_seed(0)
+    t, k = 257, 32
+    x, other, weight = inputs(t, k, torch.float32), torch.randn(t, k), torch.randn(k)
+    left, right = factors("both", 1, 4, 8)
+    found = kron_quant_triton(x, left, right, torch.ones(1), 4)
+    want = kron_quant_ref(x, left, right, torch.ones(1), 4)
+    normed = rmsnorm_kron_quant_triton(x, other, weight, 1e-5, left, right, torch.ones(1), 4)
+    want_normed = rmsnorm_kron_quant_ref(x, other, weight, 1e-5, left, right, torch.ones(1), 4)
+    pair = torch.cat([x, other], dim=1)
+    multiplied = silu_mul_kron_quant_triton(pair, left, right, torch.ones(1), 4)
+    want_multiplied = silu_mul_kron_quant_ref(pair, left, right, torch.ones(1), 4)
+    for got, wanted in ((found, want), (normed, want_normed), (multiplied, want_multiplied)):
+        assert got[0].shape == (t, k) and got[1].shape == (t, 1)
+        torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=0)
+        same_codes(got[0], wanted[0], 1e-3)
+    assert torch.equal(normed[2], want_normed[2])
+    rows = torch.randint(-8, 8, (24, k), dtype=torch.int8)
+    ones = torch.ones(24, 1)
+    out = torch.full((320, 24), float("nan"))
+    w4_gemm_triton(*found, pack_device(rows), ones, None, out, Tile(128, 32, 4, 2))
+    torch.testing.assert_close(out[:t], w4_gemm_ref(*found, rows, ones, None, torch.float32))
+    assert out[t:].isnan().all()
