@@ -15,7 +15,8 @@ from .errors import UserError
 from .factors import factor_pair
 from .matrices import MATRICES, AffineMatrix
 from .recipe import SHARDS, Recipe
-from .sites import ClipRatio, Site, round_ste
+from .sites import ClipRatio, Matrices, Site
+from .straight_through import recomputed, round_ste
 from .weights import WeightClip, fake_quantize_weight, grouped
 
 
@@ -43,23 +44,25 @@ class TrainableLinear(nn.Module):
         self.value: list[Value] = []  # P_v: of v_proj's output, or of o_proj's input
         self.is_value_output = False
 
-    def transformed(self) -> tuple[Tensor, Tensor | None]:
-        """Transformed and clipped weight before rounding [out, in], and the bias that goes with it."""
-        value = self.value[0] if self.value else None
-        inv_t = value.input_inv_t() if value is not None and not self.is_value_output else None
-        weight, bias = self.site[0].transform_weight(self.weight, inv_t), self.bias
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]. The weight's way there is many tensors of its size: they are made again."""
+        p = inv_t = None
+        if self.value and self.is_value_output:
+            p = self.value[0].matrix_of_rows()
+        elif self.value:
+            inv_t = self.value[0].input_inv_t()
+        return recomputed(self._product, self.site[0](x), self.site[0].matrices(), p, inv_t)
+
+    def _product(self, z: Tensor, matrices: Matrices, p: Tensor | None, inv_t: Tensor | None) -> Tensor:
+        """The product with the transformed, clipped and rounded weight, and with the bias that goes with it."""
+        weight, bias = self.site[0].transform_weight(self.weight, matrices, inv_t), self.bias
         if self.clip is not None:
             weight = self.clip(weight, self.recipe.group_size)
-        if value is not None and self.is_value_output:
-            weight = value.rows(weight)
-            bias = value.rows(bias[:, None])[:, 0] if bias is not None else None
-        return weight, bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]."""
-        weight, bias = self.transformed()
+        if self.value and self.is_value_output:
+            weight = self.value[0].rows(weight, p)
+            bias = self.value[0].rows(bias[:, None], p)[:, 0] if bias is not None else None
         weight = fake_quantize_weight(weight, self.weight_bits, self.recipe.group_size)
-        return F.linear(self.site[0](x), weight, bias)
+        return F.linear(z, weight, bias)
 
 
 def right_multiply_rows(weight: Tensor, p: Tensor) -> Tensor:
@@ -80,12 +83,16 @@ class Value(nn.Module):
         self.o = [o]
         self.heads = heads
 
-    def rows(self, weight: Tensor) -> Tensor:
+    def matrix_of_rows(self) -> Tensor | None:
+        """P_v, None if there is none."""
+        return self.matrix()[0] if self.matrix is not None else None
+
+    def rows(self, weight: Tensor, p: Tensor | None) -> Tensor:
         """v_proj's weight (or bias as a column) [KV heads * d, in] with diagonal and P_v merged."""
         diag = self.o[0].own_diag
         if diag is not None:
             weight = weight * diag.to(weight.dtype)[:, None]
-        return right_multiply_rows(weight, self.matrix()[0]) if self.matrix is not None else weight
+        return right_multiply_rows(weight, p) if p is not None else weight
 
     def input_inv_t(self, exact: bool = False) -> Tensor | None:
         """P_v^-T as the right factor of o_proj's weight: [S, d, d] behind the head-axis matrix, which needs

@@ -72,13 +72,13 @@ def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:
     """Bytes of training the whole model: (weights, kept activations, embedding and head).
 
     A weight takes its latent, gradient and AdamW's moments (16 bytes), 16 of what a step keeps of rounding it and 4
-    in the full-precision model beside it. A token leaves, in float32, 32 numbers for each hidden channel of a block,
-    10 for each intermediate one and 8 for each entry of the vocabulary (counted on the CPU with a 4-bit KV cache,
+    in the full-precision model beside it. A token leaves, in float32, 24 numbers for each hidden channel of a block,
+    7 for each intermediate one and 8 for each entry of the vocabulary (counted on the CPU with a 4-bit KV cache,
     rounded up). An entry of the embedding or the head takes 8 bytes, 28 if it is trained.
     """
     config, linears = source.config, source.arch.linears
     shapes = [source.files.shape(f"{source.block_prefix(0)}{name}.weight") for name in linears]
-    block = 32 * config.hidden_size + 10 * config.intermediate_size
+    block = 24 * config.hidden_size + 7 * config.intermediate_size
     kept = recipe.distill_rows * recipe.seq_len * (source.num_blocks * block + 8 * config.vocab_size)
     weights = source.num_blocks * sum(math.prod(shape) for shape in shapes)
     tables = (1 if is_tied(source) else 2) * config.vocab_size * config.hidden_size

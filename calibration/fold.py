@@ -114,8 +114,9 @@ def fold_block(block: TrainableBlock, source: dict[str, Tensor]) -> FoldedBlock:
             if bias is not None:
                 dtype, bias = bias.dtype, bias.to(device).double()
             if linear_name == arch.qkv[2]:
-                weight, clipped = block.value.rows(weight), block.value.rows(clipped)
-                bias = block.value.rows(bias[:, None])[:, 0] if bias is not None else None
+                p = block.value.matrix_of_rows()
+                weight, clipped = block.value.rows(weight, p), block.value.rows(clipped, p)
+                bias = block.value.rows(bias[:, None], p)[:, 0] if bias is not None else None
             if linear_name == arch.gate_up[1] and down_diag is not None:
                 weight = weight * down_diag.double()[:, None]
                 clipped = clipped * down_diag.double()[:, None]

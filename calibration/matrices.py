@@ -7,6 +7,23 @@ from torch import Tensor, nn
 
 from .hadamard import orthonormal_hadamard, random_orthogonal
 
+CUBLAS_BATCH, CUBLAS_SIZE = 16, 128
+"""Largest batch and size of matrices that PyTorch 2.11 factors with cuBLAS; above it takes MAGMA."""
+
+
+def apart(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    """``function`` of matrices [S, n, n] that factors them: of all at once, or of one [1, n, n] after another
+    where PyTorch would give all to MAGMA. That allocates and waits, so no CUDA graph can record it; cuSOLVER, which
+    takes single matrices, can be recorded."""
+    if len(batches[0]) <= CUBLAS_BATCH and batches[0].shape[-1] <= CUBLAS_SIZE:
+        return function(*batches)
+    return torch.cat([function(*one) for one in zip(*(b.split(1) for b in batches), strict=True)])
+
+
+def inverse(p: Tensor) -> Tensor:
+    """Of each matrix of ``p`` [S, n, n], in float64; without a check that would wait for the device."""
+    return apart(lambda batch: torch.linalg.inv_ex(batch)[0], p.double())
+
 
 def cayley(raw: Tensor) -> Tensor:
     """Orthogonal matrix of the skew part of ``raw`` [S, n, n]: ``(I + A/2)^-1 (I - A/2)``.
@@ -17,7 +34,7 @@ def cayley(raw: Tensor) -> Tensor:
     lower = raw.tril(-1)
     skew = lower - lower.mT
     eye = torch.eye(raw.shape[-1], dtype=raw.dtype, device=raw.device)
-    return torch.linalg.solve_ex(eye + skew / 2, eye - skew / 2)[0]
+    return apart(lambda a, b: torch.linalg.solve_ex(a, b)[0], eye + skew / 2, eye - skew / 2)
 
 
 class SVDMatrix(nn.Module):
@@ -51,8 +68,7 @@ class DirectMatrix(nn.Module):
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """(P, P^-T), each [S, n, n]."""
-        inverse = torch.linalg.inv_ex(self.p.double())[0]
-        return self.p, inverse.mT.to(self.p.dtype)
+        return self.p, inverse(self.p).mT.to(self.p.dtype)
 
 
 class OrthogonalMatrix(nn.Module):
@@ -98,7 +114,7 @@ class AffineMatrix(nn.Module):
     def forward(self) -> tuple[Tensor, Tensor]:
         """(P, P^-T), each [S, n, n]."""
         p = self.p * self.mask
-        return p, torch.linalg.inv_ex(p.double())[0].mT.to(p.dtype)
+        return p, inverse(p).mT.to(p.dtype)
 
 
 class FixedMatrix(nn.Module):

@@ -56,12 +56,12 @@ class Sweep:
 def prepare(hessian: Tensor, fraction: float, rule: Rule = "mean", by_norm: bool = False) -> Sweep:
     """Order, damp and factor a site's Hessian.
 
-    hessian: sum of z^T z over the site's quantized inputs, float64 [K, K]. by_norm: columns of the largest
-    norm first (GPTQ's act-order; the order that the error bounds of arXiv 2508.04853 favour), else as they
-    come. rule: lambda is ``fraction`` of the mean diagonal (GPTQ), of the largest eigenvalue (Qronos: the
-    condition number stays below 1 + 1/fraction), or of each column's own diagonal entry (rounding then does
-    not depend on the scale of any input; one huge outlier makes the other two rules round to nearest
-    everywhere else). It is raised tenfold until the factorization holds.
+    hessian: sum of z^T z over the site's quantized inputs, float64 [K, K]; changed, and kept in the result unless
+    columns move. by_norm: columns of the largest norm first (GPTQ's act-order; the order that the error bounds of
+    arXiv 2508.04853 favour), else as they come. rule: lambda is ``fraction`` of the mean diagonal (GPTQ), of the
+    largest eigenvalue (Qronos: the condition number stays below 1 + 1/fraction), or of each column's own diagonal
+    entry (rounding then does not depend on the scale of any input; one huge outlier makes the other two rules round
+    to nearest everywhere else). It is raised tenfold until the factorization holds.
     Raises ArithmeticError if the Hessian is not finite.
     """
     if not torch.isfinite(hessian).all():
@@ -70,7 +70,7 @@ def prepare(hessian: Tensor, fraction: float, rule: Rule = "mean", by_norm: bool
     order = torch.arange(len(hessian), device=hessian.device)
     if by_norm:
         order = diagonal.argsort(descending=True, stable=True)
-    hessian = hessian[order][:, order]
+    hessian = in_order(hessian, order)
     dead = hessian.diagonal() <= 0
     live = diagonal[diagonal > 0]
     hessian.diagonal()[dead] = live.mean() if len(live) else 1.0
@@ -78,11 +78,26 @@ def prepare(hessian: Tensor, fraction: float, rule: Rule = "mean", by_norm: bool
     if rule != "column":
         base[:] = base.mean() if rule == "mean" else largest_eigenvalue(hessian)
     tried = [fraction]
-    while (upper := inverse_upper(hessian + torch.diag(tried[-1] * base))) is None:
+    while (upper := inverse_upper(damped(hessian, tried[-1] * base))) is None:
         if tried[-1] > LAST_RUNG:
             raise ArithmeticError("the Hessian cannot be factored at any damping; it is not symmetric")
         tried.append(tried[-1] * LADDER)
     return Sweep(order, hessian, dead, tried[-1] * base, upper, tried)
+
+
+def in_order(matrix: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns of ``matrix`` [K, K] in ``order`` [K]: itself where none moves (it may have gigabytes), else
+    a copy."""
+    if torch.equal(order, torch.arange(len(order), device=order.device)):
+        return matrix
+    return matrix[order][:, order]
+
+
+def damped(hessian: Tensor, amount: Tensor) -> Tensor:
+    """``hessian + diag(amount)``, a new matrix [K, K]."""
+    out = hessian.clone()
+    out.diagonal().add_(amount)
+    return out
 
 
 def inverse_upper(matrix: Tensor) -> Tensor | None:
@@ -94,6 +109,7 @@ def inverse_upper(matrix: Tensor) -> Tensor | None:
     inverse = torch.cholesky_inverse(factor)
     del factor
     upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    del inverse
     return None if failed or not torch.isfinite(upper).all() else upper
 
 
@@ -123,8 +139,8 @@ def qronos(
     """Qronos: round so that the rounded layer on the rounded prefix's inputs X~ gives what the exact layer
     gives on the exact inputs X (Zhang et al. 2025; bounds in arXiv 2508.04853).
 
-    weight, scale: as ``gptq``. sweep: of ``H = X~^T X~``. cross: ``G = X~^T X``, float64 [in, in]. With w the
-    exact row and 1 the first column of the sweep:
+    weight, scale: as ``gptq``. sweep: of ``H = X~^T X~``. cross: ``G = X~^T X``, float64 [in, in], changed. With w
+    the exact row and 1 the first column of the sweep:
 
         q_1    = Q((G_1 w - H_1,2: w_2:) / H_11)
         w_2:  <- (H_2:,2: + lambda I)^-1 ((G + lambda I)_2: w - H_2:,1 q_1)
@@ -134,7 +150,7 @@ def qronos(
     steps = column_scale(scale, weight)[:, sweep.order]
     w = weight[:, sweep.order]
     codes = torch.empty_like(w)
-    h, g = sweep.hessian, cross[sweep.order][:, sweep.order]
+    h, g = sweep.hessian, in_order(cross, sweep.order)
     g.diagonal()[sweep.dead] = h.diagonal()[
         sweep.dead
     ]  # of inputs that are always 0, w stays what it is

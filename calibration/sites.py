@@ -1,7 +1,4 @@
-"""A transform site while it is trained: diagonal, Kronecker factors, clip, fake quantization.
-
-Rounding passes gradients straight through; the numbers are those of ``kernels.quantize``.
-"""
+"""A transform site while it is trained: diagonal, Kronecker factors, clip, fake quantization."""
 
 from typing import cast
 
@@ -9,24 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.kron import kron_wide_ref
-from ..kernels.quantize import codes_ref, scale_ref
 from .matrices import MATRICES
+from .straight_through import fake_quantize, recomputed
 
 CLIP_INIT = 4.0
 """Logit of a clip before training: sigmoid(4) = 0.982 (FlatQuant's setting)."""
 
-
-def round_ste(x: Tensor) -> Tensor:
-    """Round half to even; the gradient passes unchanged."""
-    return x + (x.round() - x).detach()
-
-
-def fake_quantize(z: Tensor, bits: int, clip: Tensor | float = 1.0) -> Tensor:
-    """Quantize and dequantize each row of ``z`` [..., K]; differentiable. 16 bits return z."""
-    if bits == 16:
-        return z
-    scale = scale_ref(z, bits, clip)
-    return codes_ref(z, scale, bits, round_ste) * scale.unsqueeze(-1)
+Matrices = tuple[Tensor | None, ...]
+"""(left, left^-T, right, right^-T), each [S, n, n], None where there is no factor."""
 
 
 class ClipRatio(nn.Module):
@@ -81,7 +68,7 @@ class Site(nn.Module):
         self.log_diag = nn.Parameter(diag.log()) if diag is not None else None
         self.ratio = ClipRatio(shards, clip) if bits < 16 else None
         self._memo: tuple[Tensor, Tensor] | None = None
-        self._matrices: tuple[Tensor | None, ...] | None = None
+        self._matrices: Matrices | None = None
 
     def forget(self) -> None:
         """Drop what was kept for the last input and parameters; call after each step."""
@@ -105,17 +92,17 @@ class Site(nn.Module):
         """Multiplies the absolute maximum, [S], in (0, 1]."""
         return self.ratio() if self.ratio is not None else None
 
-    def matrices(self) -> tuple[Tensor | None, ...]:
-        """(left, left^-T, right, right^-T), None where there is no factor."""
+    def matrices(self) -> Matrices:
+        """The factors and their inverses, kept until ``forget``."""
         if self._matrices is None:
             left = self.left() if self.left is not None else (None, None)
             right = self.right() if self.right is not None else (None, None)
             self._matrices = (*left, *right)
         return self._matrices
 
-    def transform(self, x: Tensor) -> Tensor:
+    def transform(self, x: Tensor, matrices: Matrices | None = None) -> Tensor:
         """Transformed activations [..., K] before quantization, float32."""
-        left, _, right, _ = self.matrices()
+        left, _, right, _ = matrices or self.matrices()
         diag = self.diag
         if diag is not None and not self.repeat:
             x = x * diag
@@ -124,20 +111,24 @@ class Site(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Fake-quantized transformed activations, shape of x."""
         if self._memo is None or self._memo[0] is not x:
-            z = self.transform(x)
-            if self.clip is not None:
-                blocks = z.unflatten(-1, (self.shards, -1))
-                z = fake_quantize(blocks, self.bits, self.clip).flatten(-2)
-            self._memo = (x, z)
+            self._memo = (x, recomputed(self._quantized, x, self.matrices()))
         return self._memo[1]
 
-    def transform_weight(self, weight: Tensor, value_inv_t: Tensor | None = None) -> Tensor:
+    def _quantized(self, x: Tensor, matrices: Matrices) -> Tensor:
+        z = self.transform(x, matrices)
+        if self.clip is None:
+            return z
+        return fake_quantize(z.unflatten(-1, (self.shards, -1)), self.bits, self.clip).flatten(-2)
+
+    def transform_weight(
+        self, weight: Tensor, matrices: Matrices, value_inv_t: Tensor | None = None
+    ) -> Tensor:
         """``(W / d) (L^-T kron R^-T)`` for W [out, K].
 
         value_inv_t: [S or heads, head_dim, head_dim], the inverse transpose of P_v that takes R's place in
         o_proj.
         """
-        _, left_inv_t, _, right_inv_t = self.matrices()
+        _, left_inv_t, _, right_inv_t = matrices
         diag = self.diag
         if diag is not None:
             weight = weight / diag

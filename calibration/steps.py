@@ -8,12 +8,14 @@ import logging
 import math
 import os
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import parallel
+from .capture import CaptureError, capture, missing_memory
 
 log = logging.getLogger(__name__)
 EAGER = "FLATQUANT_EAGER_TRAINING"
@@ -57,9 +59,10 @@ class Steps:
 
     groups: the optimizer's, with their rates. factor: multiplies the rates at each step. normalize: divide each
     loss by its own value (FlatQuant's setting, so that all blocks have gradients of one size). precision: of
-    float32 products, as ``torch.set_float32_matmul_precision`` calls it. graph: capture on CUDA; if that fails a
-    warning says so and the steps stay eager. With several processes (parallel.py) each has its part of the inputs,
-    loss and gradients are their mean, and nothing is captured: a capture with NCCL inside is not tried yet.
+    float32 products, as ``torch.set_float32_matmul_precision`` calls it. graph: capture on CUDA; where memory does
+    not suffice or the capture fails, a warning says so and the steps stay eager. With several processes
+    (parallel.py) each has its part of the inputs, loss and gradients are their mean, and nothing is captured: a
+    capture with NCCL inside is not tried yet.
 
     A step whose loss or gradient is not finite changes nothing and is counted in ``skipped``; nothing waits for the
     device.
@@ -76,7 +79,7 @@ class Steps:
         precision: str = "highest",
         graph: bool = True,
     ):
-        self.precision = precision
+        self.precision, self.device = precision, device
         self.loss, self.factor, self.normalize = loss, factor, normalize
         self.rates = [group["lr"] for group in groups]
         groups = [{**g, "lr": torch.tensor(g["lr"], device=device)} for g in groups]
@@ -138,14 +141,29 @@ class Steps:
         return torch.where(bad, torch.nan, value)
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> None:
-        graph = torch.cuda.CUDAGraph()
+        self._drop()
+        missing = missing_memory(self.device)
+        if missing > 0:
+            return self._stay_eager(f"{missing / 1e9:.0f} GB of GPU memory too little")
+        assert self.side is not None
         self.inputs = tuple(t.clone() for t in inputs)
         try:
-            with torch.cuda.graph(graph, stream=self.side):
-                self.result = self._eager(self.inputs)
-        except RuntimeError as error:
-            self.wanted = False
-            torch.cuda.synchronize()
-            log.warning("training steps are not captured in a CUDA graph and run slower: %s", error)
-            return
-        self.graph = graph
+            made = capture(lambda: self._eager(self.inputs), self._drop, self.device, self.side)
+        except CaptureError as error:
+            return self._stay_eager(str(error))
+        self.graph, self.result = made
+
+    def _drop(self) -> None:
+        """Let go of what a step leaves behind."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.found_inf = None
+
+    def _stay_eager(self, why: str) -> None:
+        self.wanted, self.side, self.inputs = False, None, ()
+        _warn(f"training steps are not captured in a CUDA graph and run slower: {why}")
+
+
+@cache
+def _warn(text: str) -> None:
+    """Once, not for each block."""
+    log.warning(text)

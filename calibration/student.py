@@ -17,7 +17,7 @@ from ..sites import SITES, factor_name
 from ..spec import FlatQuantSpec
 from .architectures import Architecture
 from .block import set_submodule
-from .sites import fake_quantize, round_ste
+from .straight_through import fake_quantize, round_ste
 from .weights import grouped
 
 Form = Literal["linear", "log", "logit"]

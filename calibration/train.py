@@ -76,8 +76,10 @@ def train_block(
     steps = max(1, recipe.epochs * -(-len(x) // recipe.batch_size))
 
     def loss(batch: Tensor, goal: Tensor) -> Tensor:
-        block.forget()
-        return F.mse_loss(layer(batch, **kwargs), goal)
+        try:
+            return F.mse_loss(layer(batch, **kwargs), goal)
+        finally:
+            block.forget()  # what the gradient needs is autograd's
 
     groups = block.parameter_groups(recipe.lr, recipe.clip_lr_factor)
     trainer = Steps(
@@ -99,6 +101,5 @@ def train_block(
             strict=True,
         ):
             losses[-1].add(trainer.step(batch, goal), len(batch))
-    block.forget()
     parallel.broadcast_(*block.parameters())  # they are equal but for what a device may round otherwise
     return TrainReport([float(total) for total in losses], int(trainer.skipped))

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.quantize import codes_ref, scale_ref
-from .sites import CLIP_INIT, fake_quantize
+from .sites import CLIP_INIT
+from .straight_through import fake_quantize
 
 
 def grouped(weight: Tensor, group_size: int | None) -> Tensor:
@@ -27,7 +28,7 @@ class WeightClip(nn.Module):
         w = grouped(weight, group_size)
         high = w.amax(dim=-1, keepdim=True) * self.max_logit.sigmoid().to(w.dtype)
         low = w.amin(dim=-1, keepdim=True) * self.min_logit.sigmoid().to(w.dtype)
-        return torch.minimum(torch.maximum(w, low), high).flatten(-2)
+        return torch.clamp(w, low, high).flatten(-2)
 
 
 def fake_quantize_weight(weight: Tensor, bits: int, group_size: int | None) -> Tensor:

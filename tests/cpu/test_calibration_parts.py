@@ -10,7 +10,8 @@ from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.factors import factor_pair
 from vllm_flatquant.calibration.matrices import MATRICES, STABILITY, AffineMatrix
 from vllm_flatquant.calibration.recipe import Recipe, make_recipe
-from vllm_flatquant.calibration.sites import Site, fake_quantize
+from vllm_flatquant.calibration.sites import Site
+from vllm_flatquant.calibration.straight_through import fake_quantize
 from vllm_flatquant.calibration.weights import WeightClip, fake_quantize_weight
 from vllm_flatquant.kernels.kron_quant import kron_quant_ref
 from vllm_flatquant.kernels.quantize import dequantize_weight_ref, quantize_ref

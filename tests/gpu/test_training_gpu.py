@@ -10,8 +10,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "cpu"))
 from tiny_model import make_model, random_tokens
 
-from vllm_flatquant.calibration import endtoend, train
+from vllm_flatquant.calibration import endtoend, steps, train
 from vllm_flatquant.calibration.block import TrainableBlock
+from vllm_flatquant.calibration.matrices import MATRICES
 from vllm_flatquant.calibration.quantize import make_spec, quantize_block
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.source import ModelSource
@@ -96,3 +97,54 @@ def test_end_to_end_training(tmp_path, both, monkeypatch):
     assert report.kl_last_epoch == pytest.approx(expected.kl_last_epoch, rel=0.05)
     for mine, other in zip(captured, eager, strict=True):
         assert mine.keys() == other.keys()
+
+
+@pytest.mark.parametrize("shape", [(1, 224), (2, 224), (20, 32), (1, 600)], ids=str)
+@pytest.mark.parametrize("kind", ["svd", "direct", "orthogonal"])
+def test_matrices_of_every_size_are_captured(kind, shape):
+    """224 is the wider factor of a 70B model's intermediate size."""
+    found = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        matrix = MATRICES[kind](*shape, torch.Generator().manual_seed(0)).cuda()
+        data = torch.randn(6, shape[0], shape[1], shape[1], device="cuda")
+
+        def loss(x, matrix=matrix):
+            p, inverse_t = matrix()
+            return (p - x).square().mean() + (inverse_t - x).square().mean()
+
+        groups = [{"params": list(matrix.parameters()), "lr": 1e-3}]
+        trainer = Steps(loss, groups, lambda _: 1.0, data.device, graph=graph)
+        found.append(torch.stack([trainer.step(x) for x in data]))
+        assert (trainer.graph is not None) == graph
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
+def test_a_failed_capture_gives_its_memory_back(caplog):
+    """A loss that waits for the GPU cannot be captured: the steps stay eager, and later ones can be captured."""
+    steps._warn.cache_clear()
+    count, found = 512, []
+    data = torch.randn(6, count, count, device="cuda")
+    for waits in (True, False):
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(2**16, count, device="cuda") * count**-0.5)
+        calls = []
+
+        def loss(x, p=p, calls=calls, waits=waits):
+            y = p @ x  # 128 MB
+            calls.append(y.shape)
+            if waits and len(calls) == 4:
+                y.sum().item()
+            return y.square().mean()
+
+        trainer = Steps(loss, [{"params": [p], "lr": 1e-3}], lambda _: 1.0, p.device)
+        with caplog.at_level(logging.WARNING):
+            found.append(torch.stack([trainer.step(x) for x in data]))
+        assert (trainer.graph is None) == waits
+        if waits:
+            assert "not captured" in caplog.text and "previous error" not in caplog.text
+            trainer.optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            assert unused < 2**26, "the failed capture's pool holds two products at least"
+    torch.testing.assert_close(*found, rtol=1e-4, atol=0)

@@ -1,0 +1,80 @@
+"""One CUDA graph of everything that a function does: made where it fits into memory, given back where it fails."""
+
+import gc
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from .meter import free_memory
+
+SPARE = 1.2
+"""A graph's memory in units of the tensors that live in it at once: the rest lies between them."""
+_open: list[torch.cuda.CUDAGraph] = []
+"""Graphs whose capture could not be ended: the allocator of pinned memory will go on asking them."""
+
+
+class CaptureError(RuntimeError):
+    """A function cannot be captured; nothing is left of the attempt."""
+
+
+def missing_memory(device: torch.device) -> int:
+    """Bytes that a GPU lacks for a graph of what has run just now outside a graph; 0 or less if it will fit.
+
+    A graph has memory of its own for every tensor that it makes. How much is estimated from the peak since it was
+    last reset, beyond what is allocated now, so nothing of that run may be alive. Empties the allocator's cache.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    made = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return int(SPARE * made) - free_memory(device)
+
+
+def capture(
+    function: Callable[[], Tensor],
+    drop: Callable[[], None],
+    device: torch.device,
+    stream: torch.cuda.Stream,
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A graph of ``function``, captured on ``stream``, and the tensor it returned, which each replay writes.
+
+    Raises CaptureError, after ``drop`` has let go of what the function had stored and the memory is free again.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    before = torch.cuda.current_stream(device)
+    result = None
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = function()
+        return graph, result
+    except RuntimeError as error:
+        # What happened inside, before the capture could not be ended either. No name may keep that: its traceback
+        # holds the tensors of the function.
+        why = str(error.__context__ or error).partition("\n")[0]
+    torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind if it cannot end the capture
+    result = None
+    drop()
+    gc.collect()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):
+        torch.cuda.synchronize(device)
+    if not _has_ended(graph):
+        # Neither does PyTorch then close the pool, which would keep its memory and stop the allocator from ever
+        # emptying its cache for a large tensor.
+        for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+            with suppress(RuntimeError):
+                getattr(torch._C, name, lambda *_: None)(index, pool)
+        _open.append(graph)
+    del graph
+    torch.cuda.empty_cache()
+    raise CaptureError(why)
+
+
+def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
+    """Whether the graph closes its pool itself when it goes."""
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
