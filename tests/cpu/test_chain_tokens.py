@@ -1,10 +1,7 @@
 """Recordings that serve every number of tokens with the same room: nothing but an argument ``t`` may follow the tokens."""
 
-import ctypes
 import json
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,6 +18,8 @@ from vllm_flatquant.kernels import (
 )
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import PLAIN
+
+from .address_kernels import Kernel, pretend_device, program
 
 HIDDEN, WIDE, QKV = 4096, 14336, 6144
 
@@ -54,11 +53,6 @@ class Unstarted:
             return self.variants.setdefault(tuple(meta.items()), self)
 
         return start
-
-
-class Anything:
-    def __getitem__(self, grid):
-        return lambda *args: None
 
 
 @pytest.fixture
@@ -115,10 +109,9 @@ def packed(n, k, shards):
 
 def layer(tokens, shards):
     """Inputs of ``decoder``, in the shapes of an 8B model; those with a row for each token come first."""
-    a = {1: 112, 4: 28}[shards]
-    factors = [empty(1, 64, 64), empty(1, 64, 64), empty(shards, 32 // shards, 32 // shards)]
-    factors += [empty(shards, a, 128), empty(shards, 128, 128)]
-    factors[3] = empty(shards, a, a)
+    heads, left = 32 // shards, WIDE // 128 // shards
+    factors = [empty(1, 64, 64), empty(1, 64, 64), empty(shards, heads, heads)]
+    factors += [empty(shards, left, left), empty(shards, 128, 128)]
     clips = [empty(1, dtype=torch.float32), empty(shards, dtype=torch.float32)]
     weights = [packed(QKV, HIDDEN, 1), packed(HIDDEN, HIDDEN, shards), packed(2 * WIDE, HIDDEN, 1)]
     weights.append(packed(HIDDEN, WIDE, shards))
@@ -201,39 +194,7 @@ def test_small_numbers_of_tokens_are_laid_out_exactly(card):
         }
 
 
-# Kernels that work on addresses, as compiled ones do.
-
-
-def floats(address, count):
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
-
-
-class Compiled:
-    """A compiled kernel: rows of ``out = a + factor * b``, four columns each."""
-
-    def __getitem__(self, grid):
-        def run(out, a, b, t, factor, stream=None):
-            at = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (out, a, b)]
-            if hasattr(a, "block_shape"):
-                at[1] = a.base.data_ptr()
-            floats(at[0], 4 * t)[:] = floats(at[1], 4 * t) + factor * floats(at[2], 4 * t)
-
-        return run
-
-
-class Kernel:
-    arg_names = ("out", "a", "b", "t", "FACTOR")
-
-    def __getitem__(self, grid):
-        def start(*args, FACTOR):
-            compiled = Compiled()
-            compiled[grid](*args, FACTOR)
-            return compiled
-
-        return start
-
-
-KERNEL = Kernel()
+KERNEL = Kernel("t", 4)
 
 
 def add(a, b, factor):
@@ -261,17 +222,7 @@ def add_described(a, b, factor):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(jit, "INTERPRET", False)
-    monkeypatch.setattr(jit, "_COMPILED", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
-    for name, function in (("add", add), ("add_described", add_described)):
-        monkeypatch.setitem(jit.OPERATORS, name, {"cuda": function})
-
-
-def program(*steps, results, count=2):
-    like = {"inputs": [["float32", None, None]] * count, "steps": list(steps), "results": results}
-    return chain.Program(json.dumps(like))
+    pretend_device(monkeypatch, add=add, add_described=add_described)
 
 
 IN = [["in", 0], ["in", 1]]

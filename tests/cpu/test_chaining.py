@@ -1,12 +1,10 @@
 """Runs of operators as one call: the graph pass on CPU implementations, and replaying kernels with other pointers."""
 
-import ctypes
 import inspect
 import json
 import weakref
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -16,6 +14,7 @@ from vllm_flatquant.kernels import chain as chain_module
 from vllm_flatquant.kernels import jit, replay
 from vllm_flatquant.kernels.pack import pack_device
 
+from .address_kernels import Compiled, Kernel, pretend_device, program
 from .tiny_checkpoint import random_factor
 
 OPS = torch.ops.flatquant
@@ -155,38 +154,7 @@ def test_chain_passes_opcheck(layer):
     torch.library.opcheck(OPS.chain.default, (inputs, node.args[1]))
 
 
-# Kernels that work on addresses, as compiled ones do.
-
-
-def floats(address, count):
-    return np.ctypeslib.as_array((ctypes.c_float * count).from_address(address))
-
-
-class Compiled:
-    """A compiled kernel: ``out = a + factor * b``."""
-
-    def __getitem__(self, grid):
-        def run(out, a, b, count, factor, stream=None):
-            assert stream == 7 or isinstance(out, torch.Tensor)
-            at = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in (out, a, b)]
-            floats(at[0], count)[:] = floats(at[1], count) + factor * floats(at[2], count)
-
-        return run
-
-
-class Kernel:
-    arg_names = ("out", "a", "b", "count", "FACTOR")
-
-    def __getitem__(self, grid):
-        def start(*args, FACTOR):
-            compiled = Compiled()
-            compiled[grid](*args, FACTOR)
-            return compiled
-
-        return start
-
-
-KERNEL = Kernel()
+KERNEL = Kernel("count")
 
 
 class Descriptor:
@@ -208,20 +176,7 @@ def add_scaled(a, b, factor):
 
 @pytest.fixture
 def device(monkeypatch):
-    monkeypatch.setattr(jit, "INTERPRET", False)
-    monkeypatch.setattr(jit, "_COMPILED", {})
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
-    for name, function in (("add", add), ("add_scaled", add_scaled)):
-        monkeypatch.setitem(jit.OPERATORS, name, {"cuda": function})
-
-
-def program(*steps, results, count=2):
-    return chain_module.Program(
-        json.dumps(
-            {"inputs": [["float32", None, None]] * count, "steps": list(steps), "results": results}
-        )
-    )
+    pretend_device(monkeypatch, add=add, add_scaled=add_scaled)
 
 
 IN = [["in", 0], ["in", 1]]
