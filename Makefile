@@ -15,6 +15,12 @@ TORCH_INDEX ?=
 DEVICE ?= $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 GPU_PYTHON = $(if $(PYTHON_GIVEN),$(PYTHON),$(or $(wildcard $(BIN)/python),$(PYTHON)))
 GPU_CSV ?= benchmarks/results/gpu_tests.csv
+# What `make compare` measures and where its files go. Without MODEL, the example model with reduced settings.
+MODEL ?=
+CALIB ?= stdlib
+TEXTS ?= heldout=examples/heldout.txt
+OUT ?= out/compare
+COMPARE_ARGS ?= $(if $(MODEL),,--preset quick --limit 32 --seeds 1)
 # Of the CPU tests, each with one thread; each may have an engine of vLLM beside it.
 TEST_PROCESSES ?= 2
 COMMIT ?= $(shell git describe --always --dirty 2>/dev/null || echo unknown)
@@ -31,7 +37,7 @@ STAMP_VLLM := $(VENV)/.stamp-vllm-$(DEVICE)
 STAMP_DEV := $(VENV)/.stamp-dev-$(DEVICE)
 CONSTRAINTS := $(if $(filter cpu,$(DEVICE)),-c .ci/constraints-cpu.txt)
 
-.PHONY: help install quickstart test lint test-cpu test-interpret test-gpu soak readme clean
+.PHONY: help install quickstart test lint test-cpu test-interpret test-gpu soak readme clean compare
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -84,6 +90,10 @@ test-gpu: ## the GPU tests; needs torch, Triton and pytest, not an installed pac
 
 soak: $(STAMP_DEV) ## half an hour of clients, damaged files, killed runs and the documents' commands; adds rows to benchmarks/results/soak.csv
 	$(BIN)/python -m tests.soak.run
+
+compare: $(STAMP_DEV) ## recipes on one model: perplexity, seconds, memory as CSV, table and plot (MODEL, CALIB, TEXTS, OUT, COMPARE_ARGS)
+	$(BIN)/python benchmarks/accuracy.py --model $(or $(MODEL),examples/tiny-llama) --calib $(CALIB) $(TEXTS:%=--text %) \
+	  --out $(OUT)/accuracy.csv --table $(OUT)/table.md --plot $(OUT)/perplexity.png $(COMPARE_ARGS)
 
 readme: ## the tables of README.md and docs/recipes.md and docs/perplexity.png, from benchmarks/results and the registry
 	$(PYTHON) .ci/readme_table.py

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from math import log
@@ -10,14 +11,12 @@ from pathlib import Path
 from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+from accuracy_tables import UNQUANTIZED, Rows, by_config, table
+
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table (\w+): .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
-Rows = list[dict[str, str]]
-Texts = dict[str, list[float]]
-"""Text -> perplexity of each run."""
-
-UNQUANTIZED = "unquantized"
 FINAL = ("wikitext2-test", "python-heldout")
 """Texts that nothing was chosen by."""
 FIRST = 96
@@ -34,38 +33,13 @@ BLOCKS = {
 """Recipe -> its stage block by block as ablation.csv writes it; ``LAST_STAGE`` follows."""
 SIZES = {"samples": 128, "seq_len": 1024, "epochs": 5}
 """Calibration of all of them."""
+STAGES = ("blocks_seconds", "written_seconds", "last_seconds")
 AIMS = {
     "flatquant-e2e-w4a16": (34.2, 5.55),
     "flatquant-e2e-w4a4": (35.1, 5.67),
     "flatquant-e2e-w4a4kv4": (35.4, 5.70),
 }
 """Set beforehand for ``FINAL``: about half of what FlatQuant's own code loses."""
-
-BITS = re.compile(r"w(\d)a(\d+)(?:kv(\d))?")
-"""In the name of a configuration: bits of weights, activations and KV cache."""
-
-
-def order(config: str, by_text: Texts) -> tuple[float, ...]:
-    """Key of a line: unquantized first, then more bits before fewer, then lower perplexity before higher."""
-    found = BITS.search(config)
-    if found is None:
-        return (0,)
-    weight, activation, kv = found.groups()
-    return (
-        1,
-        -int(activation),
-        -int(kv or 16),
-        -int(weight),
-        mean(log(mean(v)) for v in by_text.values()),
-    )
-
-
-def by_config(rows: Rows) -> dict[str, Texts]:
-    """Configuration -> text -> perplexities."""
-    values: dict[str, Texts] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
-        values[row["config"]][row["text"]].append(float(row["perplexity"]))
-    return values
 
 
 def usual(rows: Rows) -> Rows:
@@ -77,60 +51,13 @@ def usual(rows: Rows) -> Rows:
 def end_to_end(rows: Rows) -> Rows:
     """Of the rows of ablation.csv those of the recipes ``BLOCKS``, as rows of accuracy.csv."""
     names = {f"{blocks};{LAST_STAGE}": name for name, blocks in BLOCKS.items()}
-    found = [(names[row["variant"]], row) for row in rows if row["variant"] in names]
-    return [
-        # Jobs shared the GPU, so there are no seconds.
-        {**r, "config": name, "seconds": "", "settings": json.dumps({**SIZES, "recipe": name})}
-        for name, r in found
-    ]
-
-
-def chip(device: str) -> str:
-    """``NVIDIA H100 80GB HBM3`` -> ``H100``."""
-    return device.removeprefix("NVIDIA ").split(" ")[0]
-
-
-def table(rows: Rows) -> str:
-    """For one model: a line per configuration, a column per text; the fullest set of windows counts."""
-    texts = sorted({row["text"] for row in rows})
-    windows = {t: max(int(row["windows"]) for row in rows if row["text"] == t) for t in texts}
-    used = [row for row in rows if int(row["windows"]) == windows[row["text"]]]
-    values = by_config(used)
-    model, seq_len = rows[0]["model"], rows[0]["seq_len"]
-    lines = [
-        f"| {model}, windows of {seq_len} | "
-        + " | ".join(f"{t} ({windows[t]})" for t in texts)
-        + " | seeds | seconds | GB | measured |",
-        "|---|" + "---|" * (len(texts) + 4),
-    ]
-    for config, by_text in sorted(values.items(), key=lambda item: order(*item)):
-        cells = [f"{mean(by_text[t]):.3f}" if by_text[t] else "" for t in texts]
-        seeds = max(len(found) for found in by_text.values())
-        runs = [row for row in used if row["config"] == config]
-        timed = [float(r["seconds"]) for r in runs if r["seconds"]]  # none of runs that shared a GPU
-        cost = [
-            f"{mean(timed):.0f}" if timed else "",
-            f"{max(float(r['peak_memory_gb']) for r in runs):.1f}",
-            ", ".join(sorted({f"{chip(r['device'])} {r['commit']}" for r in runs})),
-        ]
-        lines.append(f"| {config} | " + " | ".join([*cells, str(seeds), *cost]) + " |")
-    torch = ", ".join(sorted({row["torch"] for row in used}))
-    settings = [json.loads(row["settings"]) for row in used if row["settings"] != "null"]
-    how = ""
-    if settings:
-        first = settings[0]
-        epochs = sorted({s["epochs"] for s in settings} - {0})
-        many = " or ".join(map(str, epochs))
-        how = f"Calibrated on {first['samples']} x {first['seq_len']} tokens, {many} epochs where any. "
-        how = how.replace(" where any", "") if all(s["epochs"] for s in settings) else how
-    lines += [
-        "",
-        how
-        + "Seconds to quantize (none where runs shared a GPU; on a CPU beside other work), and peak GB while doing so. "
-        + f"Measured: where, and at which commit; PyTorch {torch}.",
-        "",
-    ]
-    return "\n".join(lines) + "\n"
+    found = []
+    for row in rows:
+        if name := names.get(row["variant"]):
+            seconds = sum(float(row[part]) for part in STAGES) if row["jobs"] else ""
+            settings = json.dumps({**SIZES, "recipe": name})
+            found.append({**row, "config": name, "seconds": str(seconds), "settings": settings})
+    return found
 
 
 def on(rows: Rows, counts: Sequence[int]) -> Rows:

@@ -5,7 +5,7 @@
 
 A variant is ``BLOCKS;LAST``: settings of the recipe for the stage block by block, then for the end-to-end stage
 (empty: none); --variants takes a file of them, most wanted first. Variants with equal BLOCKS share that stage,
-which runs once; ``--jobs`` stages run at a time on one device. BLOCKS may begin with a scheme. Rows go to
+which runs once; ``--jobs`` stages run at a time on one device (rows being written have it to themselves). BLOCKS may begin with a scheme. Rows go to
 benchmarks/results/ablation.csv as they come; rows that are there already are not measured again. ``BLOCKS;best``
 stands for the end-to-end settings that did best so far with the first variant's BLOCKS, by --choose; settings behind
 ``best,`` are changes to them.
@@ -64,6 +64,8 @@ FIELDS = [
     "kl_held_after",
     "blocks_seconds",
     "last_seconds",
+    "written_seconds",
+    "jobs",
     "peak_memory_gb",
     "device",
     "torch",
@@ -143,12 +145,14 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
     blocks = [load_file(block_file(job, i)) for i in range(source.num_blocks)]
     others = {n: source.files.tensor(n) for n in source.other_names()}
     kl: tuple[float | str, ...] = ("", "", "", "")
+    written = ""
     if recipe.distill_epochs:
         tokens = calibration_tokens(
             job["calib"], source.path, recipe.samples, recipe.seq_len, recipe.seed
         )
         if recipe.distill_generated:
             more = load_file(job["needs"][1] / GENERATED)["tokens"]
+            written = (job["needs"][1] / "seconds").read_text()
             tokens = torch.cat([tokens, more[: recipe.distill_generated]])
         blocks, changed, report = distill(source, blocks, tokens, recipe, spec, device)
         others |= changed  # also where quantize would undo it
@@ -161,6 +165,7 @@ def run_last(job: dict[str, Any]) -> list[dict[str, Any]]:
         **dict(zip(KL, kl, strict=True)),
         "blocks_seconds": (job["folder"] / "seconds").read_text(),
         "last_seconds": f"{seconds:.0f}",
+        "written_seconds": written,
         **machine(device),
     }
     rows = judge(network, job["model"], job["texts"], job["blocks"]["seq_len"])
@@ -277,7 +282,7 @@ def plan(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             jobs.append({**job, "needs": []})
 
     for seed, variant in pairs:
-        row = {**about, "variant": variant, "seed": seed, "commit": code}
+        row = {**about, "variant": variant, "seed": seed, "commit": code, "jobs": args.jobs}
         left = left_of(texts, counts, done, *(str(row[k]) for k in same[2:]))
         if not left:
             continue

@@ -1,14 +1,15 @@
-"""Perplexity of quantized models: one row per configuration, seed and text.
+"""Perplexity of quantized models: one row per configuration, seed and text. `make compare` runs it.
 
     python benchmarks/accuracy.py --model DIR --calib FILE.npy --text wikitext2=FILE.npy \
-        --text python=FILE.txt --config comparison --seeds 3 --plot comparison.png
+        --text python=FILE.txt --seeds 3 --table comparison.md --plot comparison.png
 
-A configuration is a recipe (``flatquant recipes`` lists them; a YAML file does too), ``comparison`` (one of each
-system), or a name of the table's older rows, each with changes behind a colon: ``quarot-w4a4:kv=8,shards=2``.
-All calibrate on the same tokens (rows of another --calib are rows of their own). Rows go to benchmarks/results/accuracy.csv as they come, with seconds and peak
-memory; a row that is there already (same model, text, windows, configuration, seed and calibration text) is not run again. Seeds are the
-outer loop. Several jobs can share one GPU (--jobs); their seconds would say nothing and are left out. A job that
-fails is reported and the others go on. ``--plot`` draws what the CSV has of this model and these texts.
+A configuration is a recipe (``flatquant recipes`` lists them; a YAML file does too), ``comparison`` (each system's at
+each of its bits), ``all``, or a name of the table's older rows, each with changes behind a colon: ``quarot-w4a4:kv=8``.
+All calibrate on the same tokens (rows of another --calib are rows of their own). Rows go to
+benchmarks/results/accuracy.csv as they come, with seconds, peak memory and how many jobs shared the device (--jobs);
+a row that is there already (same model, text, windows, configuration, seed, calibration text and size) is not run again.
+Seeds are the outer loop. A job that fails is reported and the others go on. ``--table`` and ``--plot`` show what the
+CSV has of this model, these texts and this calibration.
 """
 
 import argparse
@@ -21,20 +22,22 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import mean
+from typing import Any
 
 import torch
 import transformers
+from accuracy_tables import UNQUANTIZED, Rows, plot, table
 from judging import FLATNESS, appended, judge, left_of, window_counts
 from timing import commit
 from workers import run_jobs
 
 from vllm_flatquant import __version__
+from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import choose_device, quantize
-from vllm_flatquant.calibration.recipe import Recipe
-from vllm_flatquant.calibration.recipes import RECIPES, choose_recipe
+from vllm_flatquant.calibration.recipe import PRESETS, Recipe
+from vllm_flatquant.calibration.recipes import RECIPES, choose_recipe, preset_settings
 from vllm_flatquant.calibration.reference import load_reference
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
@@ -49,6 +52,7 @@ FIELDS = [
     "settings",
     "calib",
     "seconds",
+    "jobs",
     "peak_memory_gb",
     "device",
     "torch",
@@ -70,30 +74,33 @@ OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
 """Names of rows from before there were recipes: recipe and changes."""
-UNQUANTIZED = "unquantized"
 LEFT_OUT = ("kv8", "w4a8", "-g128")
-"""Variants of recipes that ``comparison`` leaves to whoever asks for them."""
-
-
-FAR = 1.25
-"""In the plot, times the unquantized perplexity: what is beyond lies at the edge."""
+"""Variants of recipes that ``comparison`` leaves to ``all``."""
+SIZE = ("samples", "seq_len", "epochs")
+"""Settings that decide whether two rows are of the same measurement."""
 
 
 def expand(configs: list[str]) -> list[str]:
-    """``comparison`` becomes the recipes that it stands for."""
+    """``comparison`` and ``all`` become the recipes that they stand for."""
     comparison = [name for name in RECIPES if not any(part in name for part in LEFT_OUT)]
-    return [name for c in configs for name in (comparison if c == "comparison" else [c])]
+    groups = {"comparison": comparison, "all": list(RECIPES)}
+    return [name for c in configs for name in groups.get(c, [c])]
 
 
-def recipe_of(config: str, common: dict) -> tuple[dict, Recipe]:
+def recipe_of(config: str, common: dict, preset: str = "default") -> tuple[dict, Recipe]:
     """The settings that a row keeps, and the recipe, of a configuration. UserError if it is unknown."""
     base, _, extra = config.partition(":")
     changes = {k: json.loads(v) for k, v in (p.split("=", 1) for p in extra.split(",") if p)}
     name, older = OLDER.get(base, (base, {}))
-    given = {**common, **older, **changes}
+    given = {**preset_settings(preset, name), **common, **older, **changes}
     recipe = choose_recipe(name, **given).recipe
-    kept = {"recipe": name, **given, "epochs": recipe.epochs}
+    kept = {"recipe": name, **given, "epochs": recipe.epochs, "scheme": recipe.scheme, "kv": recipe.kv}
     return kept, recipe
+
+
+def size_of(settings: dict[str, Any] | None) -> tuple[Any, ...]:
+    """The values of ``SIZE``; nothing for the unquantized model."""
+    return tuple(settings[name] for name in SIZE) if settings else ()
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -128,7 +135,8 @@ def run(job: dict) -> list[dict]:
             "seq_len": job["seq_len"],
             "settings": json.dumps(job["settings"]),
             "calib": Path(job["calib"]).name,
-            "seconds": f"{seconds:.0f}" if job["alone"] else "",
+            "seconds": f"{seconds:.0f}",
+            "jobs": job["jobs"],
             **machine(device),
             "commit": job["commit"],
         }
@@ -148,11 +156,12 @@ def main() -> int:
         "--config",
         action="append",
         metavar="NAME[:KEY=VALUE,...]",
-        help=f"a recipe, comparison [the default], or {', '.join(OLDER)}",
+        help=f"a recipe, comparison [the default], all, or {', '.join(OLDER)}",
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--seq-len", type=int, default=1024)
+    parser.add_argument("--preset", choices=list(PRESETS), default="default", help="quick: reduced")
+    parser.add_argument("--samples", type=int, help="calibration rows [128, or the preset's]")
+    parser.add_argument("--seq-len", type=int, help="of all rows and windows [1024, or the preset's]")
     parser.add_argument("--epochs", type=int, help="instead of the recipe's, where it trains at all")
     parser.add_argument("--limit", type=int, help="windows of each text")
     parser.add_argument("--first", type=int, help="a row for so many first windows of each text as well")
@@ -162,57 +171,78 @@ def main() -> int:
         "--seconds", type=float, default=math.inf, help="stop then, with the rows so far"
     )
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--table", type=Path, metavar="MD", help="a line for each configuration")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="perplexity of each configuration")
     args = parser.parse_args()
     deadline = time.monotonic() + args.seconds
 
     name, calib = Path(args.model).name, Path(args.calib).name
-    done = set()
-    if args.out.exists():
-        with args.out.open() as f:
-            same = ("text", "windows", "config", "seed", "calib")
-            rows = [r for r in csv.DictReader(f) if r["model"] == name]
-            done = {tuple(r[k] for k in same) for r in rows}
-            done |= {(*key[:4], calib) for key in done if key[2] == UNQUANTIZED}
-    texts = [(t.partition("=")[0], t.partition("=")[2]) for t in args.text]
-    counts = window_counts(args.model, texts, args.seq_len, args.limit, args.first)
-
-    calibration = {"samples": args.samples, "seq_len": args.seq_len}
+    sizes = {"samples": 128, "seq_len": 1024, **PRESETS[args.preset]}
+    seq_len = args.seq_len or sizes["seq_len"]
+    calibration = {"samples": args.samples or sizes["samples"], "seq_len": seq_len}
     recipes = {}
     for config in expand(args.config or ["comparison"]):
         try:
-            settings, recipe = recipe_of(config, calibration)
+            settings, recipe = recipe_of(config, calibration, args.preset)
             if args.epochs is not None and recipe.epochs:
-                settings, recipe = recipe_of(config, {**calibration, "epochs": args.epochs})
+                changed = {**calibration, "epochs": args.epochs}
+                settings, recipe = recipe_of(config, changed, args.preset)
         except (UserError, ValueError) as error:
             parser.error(f"--config {config}: {error}")
         recipes[config] = settings, recipe
+    texts = [(t.partition("=")[0], t.partition("=")[2]) for t in args.text]
+    if not all(file for _, file in texts):
+        parser.error("--text takes NAME=FILE, such as heldout=examples/heldout.txt")
+    try:
+        counts = window_counts(args.model, texts, seq_len, args.limit, args.first)
+        calibration_tokens(args.calib, Path(args.model), calibration["samples"], seq_len, 0)
+    except UserError as error:
+        parser.error(str(error))
+    done = {key_of(row) for row in read_rows(args.out, name, calib, seq_len)}
 
     common = {
         "stage": run,
         "model": args.model,
         "calib": args.calib,
-        "seq_len": args.seq_len,
+        "seq_len": seq_len,
         "device": args.device,
         "commit": commit(),
         "threads": max(1, (os.cpu_count() or 1) // args.jobs),
-        "alone": args.jobs == 1,
+        "jobs": args.jobs,
     }
     jobs = []
     for seed in range(args.seeds):
         given = {UNQUANTIZED: (None, None)} if seed == 0 else {}
         for config, (settings, recipe) in {**given, **recipes}.items():
-            left = left_of(texts, counts, done, config, str(seed), calib)
+            left = left_of(texts, counts, done, config, str(seed), size_of(settings))
             if left:
                 job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
                 jobs.append({**common, **job, "texts": left})
     failed = measure(jobs, args.jobs, deadline, args.out)
-    if args.plot:
-        with args.out.open(newline="") as f:
-            rows = [r for r in csv.DictReader(f) if r["model"] == name and r["text"] in counts]
-            rows = [r for r in rows if r["calib"] == calib or r["config"] == UNQUANTIZED]
+    rows = [r for r in read_rows(args.out, name, calib, seq_len) if r["text"] in counts]
+    wanted = {size_of(settings)[:2] for settings, _ in recipes.values()}
+    rows = [r for r in rows if r["config"] == UNQUANTIZED or key_of(r)[-1][:2] in wanted]
+    if rows and args.table:
+        args.table.write_text(table(rows), encoding="utf-8")
+        print(args.table.read_text(encoding="utf-8"))
+    if rows and args.plot:
         plot(rows, args.plot)
     return int(failed)
+
+
+def read_rows(file: Path, model: str, calib: str, seq_len: int) -> Rows:
+    """The rows of a CSV of this model and calibration text, in windows of ``seq_len``; none if there is no file."""
+    if not file.exists():
+        return []
+    with file.open(newline="") as f:
+        rows = [r for r in csv.DictReader(f) if (r["model"], r["seq_len"]) == (model, str(seq_len))]
+    return [r for r in rows if r["calib"] == calib or r["config"] == UNQUANTIZED]
+
+
+def key_of(row: dict[str, str]) -> tuple[Any, ...]:
+    """What makes a row of ``read_rows`` the same measurement as another."""
+    size = size_of(json.loads(row["settings"]))
+    return row["text"], row["windows"], row["config"], row["seed"], size
 
 
 def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
@@ -230,53 +260,6 @@ def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
     for job in jobs:
         print("not done:", job["config"], job["seed"])
     return failed
-
-
-def plot(rows: list[dict[str, str]], file: Path) -> None:
-    """Dots of perplexity, mean over seeds, a line for each configuration (best first, by all texts) and a panel for
-    each text, its unquantized perplexity as a dashed line. Colours: bits of activations. What is far off lies at the
-    edge with its figure. rows: of the CSV, one model's."""
-    from matplotlib import pyplot
-
-    texts = sorted({row["text"] for row in rows})
-    most = {t: max(int(row["windows"]) for row in rows if row["text"] == t) for t in texts}
-    found: dict[str, dict[str, list[float]]] = {}
-    for row in rows:
-        if int(row["windows"]) == most[row["text"]]:
-            by_text = found.setdefault(row["config"], {})
-            by_text.setdefault(row["text"], []).append(float(row["perplexity"]))
-    original = found.pop(UNQUANTIZED, {})
-    configs = sorted(found, key=lambda c: -mean(math.log(mean(v)) for v in found[c].values()))
-    figure, panels = pyplot.subplots(
-        1, len(texts), figsize=(2 + 3 * len(texts), 1 + 0.25 * len(configs)), squeeze=False, sharey=True
-    )
-    bits = {c: recipe_of(c, {})[1].activation_bits for c in configs}
-    colours = dict(
-        zip(sorted(set(bits.values())), ("tab:blue", "tab:orange", "tab:green"), strict=False)
-    )
-    for text, axes in zip(texts, panels[0], strict=True):
-        values = {c: mean(found[c][text]) for c in configs if text in found[c]}
-        edge = FAR * mean(original.get(text) or values.values())
-        axes.set_xlim(min([*values.values(), edge / FAR]) * 0.98, edge)
-        for a, colour in colours.items():
-            near = {c: v for c, v in values.items() if bits[c] == a and v <= edge}
-            axes.plot(
-                [*near.values()], [configs.index(c) for c in near], "o", color=colour, label=f"A{a}"
-            )
-        for c, value in values.items():
-            if value > edge:
-                look = {"ha": "right", "va": "center", "fontsize": 8, "color": colours[bits[c]]}
-                axes.text(edge, configs.index(c), f"{value:.4g} \N{RIGHTWARDS ARROW}", **look)
-        if text in original:
-            axes.axvline(mean(original[text]), color="0.6", linestyle="--")
-        axes.set_yticks(range(len(configs)), configs)
-        axes.set_ylim(-0.7, len(configs) - 0.3)
-        axes.set_title(f"{text} ({most[text]} windows)", fontsize=9)
-        axes.set_xlabel("perplexity")
-        axes.grid(axis="y", color="0.9")
-    panels[0][0].legend(title="activations", fontsize=8, title_fontsize=8, loc="upper right")
-    figure.tight_layout()
-    figure.savefig(file, dpi=90)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,10 @@ def run_jobs(
 
     ready: which of the waiting jobs may start now, in order, given those and the running ones. Workers divide a
     GPU's memory evenly. A worker that fails a job, or dies, is replaced: an error can leave a GPU's context
-    unusable. Jobs that the deadline cuts off stay in ``waiting``.
+    unusable. Without a GPU one is after every job, or what the job before left would count as the next one's memory.
+    Jobs that the deadline cuts off stay in ``waiting``.
     """
+    reused = torch.cuda.is_available()
     context = mp.get_context("spawn")
     idle: list[tuple[Any, Connection]] = []
     busy: dict[Connection, tuple[Any, Job]] = {}
@@ -57,8 +59,10 @@ def run_jobs(
                 except EOFError:
                     process.join()
                     result, error = None, f"the process ended with status {process.exitcode}"
-                if error is None:
+                if error is None and reused:
                     idle.append((process, ours))
+                else:
+                    ours.close()
                 yield job, result, error
     finally:
         waiting[:0] = [job for _, job in busy.values()]

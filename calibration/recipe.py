@@ -218,7 +218,7 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, OSError, RecursionError)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"samples": 16, "seq_len": 256, "epochs": 3, "rotation_steps": 10},
+    "quick": {"samples": 16, "seq_len": 256, "epochs": 3, "rotation_steps": 10, "distill_generated": 48},
 }
 """Named settings for ``--preset``. ``quick`` is reduced: for trying things out, not for accuracy."""
 

@@ -245,11 +245,11 @@ class Chosen:
 
 
 def preset_settings(preset: str, recipe: str) -> dict[str, Any]:
-    """What ``--preset`` changes in a recipe (a name or a file); one that trains nothing keeps its 0 epochs."""
-    settings = dict(PRESETS[preset])
-    if choose_recipe(recipe).recipe.epochs == 0:
-        settings.pop("epochs", None)
-    return settings
+    """What ``--preset`` changes in a recipe (a name or a file): one that trains nothing keeps its 0 epochs, one whose
+    model writes no rows its 0 rows."""
+    chosen = choose_recipe(recipe).recipe
+    kept = [name for name in ("epochs", "distill_generated") if not getattr(chosen, name)]
+    return {name: value for name, value in PRESETS[preset].items() if name not in kept}
 
 
 def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:

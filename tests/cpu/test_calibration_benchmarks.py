@@ -1,7 +1,10 @@
 """The scripts that measure the calibration: what fails or is cut off costs its own rows alone."""
 
 import csv
+import json
 import os
+import shlex
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,13 +47,11 @@ def jobs_of(*what):
 def test_workers_outlive_what_a_job_breaks():
     from workers import run_jobs
 
-    jobs = jobs_of("work", "fail", "work", "die", "work")
+    jobs = jobs_of("fail", "die", "work")
     found = [(job["do"], result, error) for job, result, error in run_jobs(jobs, 1, float("inf"))]
-    assert [do for do, *_ in found] == ["work", "fail", "work", "die", "work"] and jobs == []
-    assert [error for *_, error in found] == [
-        None, "ValueError: no", None, "the process ended with status 3", None,
-    ]  # fmt: skip
-    assert found[0][1] != found[2][1] != found[4][1]  # an error replaces the process
+    assert [do for do, *_ in found] == ["fail", "die", "work"] and jobs == []
+    errors = ["ValueError: no", "the process ended with status 3", None]
+    assert [error for *_, error in found] == errors and found[2][1] != os.getpid()
 
 
 def test_workers_stop_at_the_deadline():
@@ -76,11 +77,55 @@ def test_comparison_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     assert "FAILED bad 0 broke" in text and "not done: late 0" in text
 
 
+def test_command_of_the_comparison(tmp_path):
+    """`make compare` for one recipe, twice: nothing is measured again."""
+    out = tmp_path / "compare"
+    options = "--preset quick --samples 4 --limit 2 --seeds 1 --config quarot-w4a4-rtn"
+    make = ["make", "-n", "-o", ".venv/.stamp-dev-cpu", "compare", "DEVICE=cpu", f"OUT={out}"]
+    said = subprocess.run(
+        [*make, f"COMPARE_ARGS={options}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    words = shlex.split(said.stdout.replace("\\\n", " "))
+    assert words[1] == "benchmarks/accuracy.py"
+
+    def compare():
+        (out / "table.md").unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, *words[1:], "--device=cpu"], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return done.stdout
+
+    measured = "tiny-llama heldout quarot-w4a4-rtn 0"
+    assert measured in compare() and measured not in compare()
+    with (out / "accuracy.csv").open(newline="") as file:
+        rows = {row["config"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["unquantized", "quarot-w4a4-rtn"]
+    perplexities = [float(row["perplexity"]) for row in rows.values()]
+    assert perplexities[0] < perplexities[1] < 2 * perplexities[0]
+    settings = json.loads(rows["quarot-w4a4-rtn"]["settings"])
+    assert (settings["samples"], settings["seq_len"], settings["epochs"]) == (4, 256, 0)
+    table = (out / "table.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in table[2:4]] == ["| unquantized", "| quarot-w4a4-rtn"]
+    assert (out / "perplexity.png").stat().st_size > 5000
+
+
+def test_rows_of_another_size_are_other_rows():
+    accuracy = script(ROOT / "benchmarks" / "accuracy.py")
+    row = {"text": "t", "windows": "8", "config": "quarot-w4a4", "seed": "0"}
+    few, many = (accuracy.recipe_of("quarot-w4a4", {"samples": n, "seq_len": 8})[0] for n in (4, 8))
+    keys = [accuracy.key_of({**row, "settings": json.dumps(s)}) for s in (few, few, many)]
+    assert keys[0] == keys[1] != keys[2]
+    settings, recipe = accuracy.recipe_of("flatquant-e2e-w4a4", {}, "quick")
+    assert recipe.distill_generated == settings["distill_generated"] == 48 and recipe.epochs == 3
+
+
 def test_table_and_plot_of_rows_without_seconds(tmp_path):
     rows = [
         {
             "model": "m", "text": "t", "config": config, "perplexity": figure, "windows": windows, "seq_len": "8",
             "seconds": "", "peak_memory_gb": "1", "settings": "null", "device": device, "torch": "2", "commit": "c",
+            "jobs": "",
         }
         for config, figure, windows, device in (
             ("quarot-w4a4", "7", "4", "NVIDIA H200"), ("quarot-w4a4", "9", "4", "NVIDIA H100 80GB HBM3"),
@@ -88,15 +133,35 @@ def test_table_and_plot_of_rows_without_seconds(tmp_path):
             ("unquantized", "4", "4", "cpu"), ("magr-w3a16", "3", "4", "cpu"), ("flatquant-w4a4", "99", "2", "cpu"),
         )
     ]  # fmt: skip
-    lines = script(ROOT / ".ci" / "readme_table.py").table(rows).splitlines()
+    tables = script(ROOT / "benchmarks" / "accuracy_tables.py")
+    lines = tables.table(rows).splitlines()
     order = ["unquantized", "w4a16-rtn", "magr-w3a16", "flatquant-w4a4", "quarot-w4a4", "w4a4kv4-rtn"]
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[2:8]] == order
     assert lines[5:7] == [
         "| flatquant-w4a4 | 6.000 | 1 |  | 1.0 | cpu c |",
         "| quarot-w4a4 | 8.000 | 2 |  | 1.0 | H100 c, H200 c |",
     ]
-    script(ROOT / "benchmarks" / "accuracy.py").plot(rows, tmp_path / "plot.png")
+    tables.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_seconds_are_of_the_runs_with_the_fewest_beside_them():
+    seconds_of = script(ROOT / "benchmarks" / "accuracy_tables.py").seconds_of
+    runs = [
+        {"seconds": s, "jobs": j}
+        for s, j in (("90", ""), ("60", "6"), ("40", "6"), ("9", "1"), ("", "1"))
+    ]
+    assert [seconds_of(runs[:n]) for n in (1, 2, 3, 4, 5)] == ["90 (?)", "60 (6)", "50 (6)", "9", "9"]
+    assert seconds_of([{"seconds": "0", "jobs": ""}]) == seconds_of([]) == ""
+
+
+def test_bits_of_a_row_are_its_recipe_s_not_its_name_s():
+    bits_of = script(ROOT / "benchmarks" / "accuracy_tables.py").bits_of
+    named = {"config": 'gptq-w4a16:scheme="w3a16"', "settings": '{"scheme": "w3a16"}'}
+    assert bits_of(named) == (3, 16, 16) and bits_of({**named, "settings": "null"}) == (4, 16, 16)
+    assert bits_of({"config": "mine.yaml", "settings": '{"scheme": "w4a4", "kv": 4}'}) == (4, 4, 4)
+    assert bits_of({"config": "quarot-w4a4kv4", "settings": '{"epochs": 0}'}) == (4, 4, 4)
+    assert bits_of({"config": "unquantized", "settings": "null"}) is None
 
 
 def test_readme_has_the_tables_of_the_results():

@@ -19,6 +19,7 @@ NOT_RUN = {
     "make test": "it runs this test",
     "make test-gpu": "needs a GPU",
     "make soak": "it runs this",
+    "make compare": "takes minutes to hours; tests/cpu/test_calibration_benchmarks.py runs it for one recipe",
     "flatquant quantize --out DIR --resume": "needs a run that was stopped; tests/cpu/test_resume.py has them",
     "pip install": "it would change the environment that runs this",
     "docker": "needs Docker, and a GPU to serve",
