@@ -49,10 +49,10 @@ def usual(rows: Rows) -> Rows:
 
 
 def end_to_end(rows: Rows) -> Rows:
-    """Of the rows of ablation.csv those of the recipes ``BLOCKS``, as rows of accuracy.csv."""
+    """Of the rows of ablation.csv those of the recipes ``BLOCKS``, as rows of accuracy.csv, in the order of seeds."""
     names = {f"{blocks};{LAST_STAGE}": name for name, blocks in BLOCKS.items()}
     found = []
-    for row in rows:
+    for row in sorted(rows, key=lambda row: int(row["seed"])):
         if name := names.get(row["variant"]):
             seconds = sum(float(row[part]) for part in STAGES) if row["jobs"] else ""
             settings = json.dumps({**SIZES, "recipe": name})
@@ -78,7 +78,8 @@ def frontier(ablation: Rows, peers: Rows) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     last = by_config(on(end_to_end(ablation), (354, 390)))
-    for name, blocks in BLOCKS.items():
+    for name, aims in AIMS.items():
+        blocks = BLOCKS[name]
         bits = name.rpartition("-")[2]
         own = by_config(
             [{**r, "config": r["system"]} for r in on(peers, (354, 390)) if r["bits"] == bits]
@@ -86,7 +87,7 @@ def frontier(ablation: Rows, peers: Rows) -> str:
         plain = by_config(
             [{**r, "config": ""} for r in on(ablation, (354, 390)) if r["variant"] == f"{blocks};"]
         )
-        for text, aim in zip(FINAL, AIMS[name], strict=True):
+        for text, aim in zip(FINAL, aims, strict=True):
             after = last[name][text]
             missed = mean(after) - aim
             cells = [
@@ -153,9 +154,12 @@ def read(name: str) -> Rows:
 def comparison_rows() -> dict[str, Rows]:
     """Model -> the rows that its table shows."""
     rows, models = read("accuracy"), {}
+    same = ("model", "config", "seed", "text", "windows")
+    there = {tuple(row[k] for k in same) for row in rows}
+    more = [r for r in end_to_end(read("ablation")) if tuple(r[k] for k in same) not in there]
     for model in dict.fromkeys(row["model"] for row in rows):
-        more = [r for r in end_to_end(read("ablation")) if r["model"] == model]
-        models[model] = usual([row for row in rows if row["model"] == model]) + more
+        own = usual([row for row in rows if row["model"] == model])
+        models[model] = own + [row for row in more if row["model"] == model]
     return models
 
 

@@ -158,7 +158,8 @@ def main() -> int:
         metavar="NAME[:KEY=VALUE,...]",
         help=f"a recipe, comparison [the default], all, or {', '.join(OLDER)}",
     )
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--preset", choices=list(PRESETS), default="default", help="quick: reduced")
     parser.add_argument("--samples", type=int, help="calibration rows [128, or the preset's]")
     parser.add_argument("--seq-len", type=int, help="of all rows and windows [1024, or the preset's]")
@@ -211,7 +212,7 @@ def main() -> int:
         "jobs": args.jobs,
     }
     jobs = []
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         given = {UNQUANTIZED: (None, None)} if seed == 0 else {}
         for config, (settings, recipe) in {**given, **recipes}.items():
             left = left_of(texts, counts, done, config, str(seed), size_of(settings))

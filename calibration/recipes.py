@@ -207,6 +207,7 @@ ROUNDINGS: dict[str, NamedRecipe] = {
         "as gptq-w4a16 with a scale for every 128 weights",
         {**GPTQ_SETTINGS, "scheme": "w4a16", "group_size": 128},
     ),
+    "gptq-w3a16": NamedRecipe("as gptq-w4a16 with 3-bit weights", {**GPTQ_SETTINGS, "scheme": "w3a16"}),
     "qronos-w4a16": NamedRecipe(
         "as gptq-w4a16, and corrects the error of the layers before",
         {**QRONOS_SETTINGS, "scheme": "w4a16"},
