@@ -1,6 +1,6 @@
 """One format in one engine, for `serving.py`: its figures as JSON lines into a file, as they are measured.
 
-Arguments: a JSON object {model, options, out, go, plan, profile, wanted}; it measures once the file ``go`` is there.
+Arguments: a JSON object {model, options, out, go, plan, profile, wanted, begun}; it measures once the file ``go`` is there.
 vLLM's engine core runs in a process of its own, as users get it. The scheduler is paused while the requests of a
 measurement are sent, so that all are there before its first step.
 """
@@ -145,10 +145,10 @@ def main() -> None:
 
     from vllm import LLM
 
-    started = time.perf_counter()
+    imports, started = time.time() - job["begun"], time.perf_counter()
     llm = LLM(model=job["model"], worker_extension_cls="serving_worker.Tracer", **job["options"])
     # vLLM is imported by then: a server's start is this and the imports, which no format changes.
-    write(measure="start", value=time.perf_counter() - started, unit="s")
+    write(measure="start", value=time.perf_counter() - started, unit="s", imports=imports)
     config = llm.llm_engine.vllm_config
     if "kv_cache_memory_bytes" not in job["options"]:  # then these say something
         blocks = config.cache_config.num_gpu_blocks * config.cache_config.block_size

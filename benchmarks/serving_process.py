@@ -20,6 +20,9 @@ LOG_FIGURES = {
 }
 START_FIGURES = {
     "load": (r"load: peak \d+ bytes, ([\d.]+) s", "s"),
+    "load_process": (r"FlatQuant: weights of \d+ layers ready in ([\d.]+) s", "s"),
+    "load_kernels": (r"FlatQuant: \d+ kernels ready in ([\d.]+) s", "s"),
+    "load_kernels_from_cache": (r"FlatQuant: \d+ kernels ready in [\d.]+ s \((\d+) from cache\)", ""),
     "compile": (r"torch.compile took ([\d.]+) s", "s"),
     "capture": (r"Graph capturing finished in ([\d.]+) secs", "s"),
 }
@@ -47,7 +50,7 @@ class Engine:
             left_over.unlink(missing_ok=True)
         with log.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), json.dumps(job)],
+                [sys.executable, str(script), json.dumps(job | {"begun": time.time()})],
                 env=os.environ | environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -84,8 +87,11 @@ class Engine:
                     self.done = True
                     return
                 if row.get("measure") == "start":
+                    imports = row.pop("imports", None)
                     if start:
                         yield row | {"measure": start}
+                        if imports is not None:
+                            yield {"measure": "imports", "value": imports, "unit": "s"}
                     yield from log_figures(self.log.read_text(errors="replace"), bool(start))
                 else:
                     yield row

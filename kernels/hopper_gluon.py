@@ -5,7 +5,6 @@ Importing this fails where Triton has no Gluon; ``jit.has_gluon`` asks.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -42,7 +41,7 @@ _KNOWN: dict[tuple[Any, ...], TensorDescriptor] = {}
 def descriptor(
     base: Tensor, rows: int, columns: int, block_rows: int, block_columns: int, swizzle: int
 ) -> TensorDescriptor:
-    """Bulk loads or stores of blocks of ``base``'s memory, taken as [rows, columns]; bytes are int8.
+    """Bulk loads or stores of blocks of ``base``'s memory, taken as [rows, columns].
 
     A descriptor's own checks take longer than a launch, so they are made once for each kind.
     """
@@ -52,9 +51,8 @@ def descriptor(
         layout = gl.NVMMASharedLayout(
             swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=2
         )
-        typed = base.view(torch.int8) if base.dtype == torch.uint8 else base
         block = [block_rows, block_columns]
-        known = TensorDescriptor(typed, [rows, columns], [columns, 1], block, layout)
+        known = TensorDescriptor(base, [rows, columns], [columns, 1], block, layout)
         _KNOWN[key] = _with(known, None, [])
         return known
     return _with(known, base, [rows, columns])

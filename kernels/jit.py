@@ -79,6 +79,7 @@ def has_gluon(module: str) -> bool:
 _COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 _PERSISTENT: list[torch.Tensor] = []
 _local = threading.local()
+Take = Callable[[Any, Sequence[Any], dict[str, Any]], Any]
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -94,6 +95,11 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     key = (id(kernel), torch.cuda.current_device(), *meta.values(), *map(_specialization, args))
     found = _COMPILED.get(key)
     if found is None:
+        collected = getattr(_local, "collected", None)
+        if collected is not None:
+            if key not in collected[0]:
+                collected[0][key] = collected[1](kernel, args, meta)
+            return
         compiled = kernel[grid](*args, **meta)
         found = compiled, [meta[name] for name in kernel.arg_names[len(args) :]]
         _COMPILED[key] = found
@@ -152,6 +158,23 @@ def recording(recorder: Any) -> Iterator[None]:
         yield
     finally:
         _local.recorder = None
+
+
+@contextmanager
+def collecting(take: Take) -> Iterator[dict[Any, Any]]:
+    """In this thread, start no kernel that is not compiled yet. Gives a dict that each such variant joins once, as
+    ``take(kernel, arguments, compile-time arguments)``; operators return memory without values."""
+    found: dict[Any, Any] = {}
+    _local.collected = found, take
+    try:
+        yield found
+    finally:
+        _local.collected = None
+
+
+def variants() -> int:
+    """How many compiled kernels this process has, be they new or from Triton's cache."""
+    return len({id(compiled) for compiled, _ in _COMPILED.values()})
 
 
 def _specialization(argument: Any) -> Any:

@@ -69,6 +69,14 @@ def unpack_int4(packed: Tensor) -> Tensor:
 KBLOCK = 128  # input columns of one block of the device layout: 64 bytes of every weight row
 
 
+_AT_ONCE = 2**22  # codes that are unpacked, each in several int32, to be packed again
+
+
+def device_shape(rows: int, columns: int, shards: int = 1) -> tuple[int, int, int]:
+    """Shape of ``pack_device``'s result for codes [rows, columns]."""
+    return shards * -(-(columns // shards) // KBLOCK), rows, KBLOCK // 2
+
+
 def pack_device(codes: Tensor, shards: int = 1) -> Tensor:
     """int8 codes in [-8, 7], [N, K] -> uint8 [blocks, N, 64], the layout ``w4_gemm`` reads.
 
@@ -83,10 +91,32 @@ def pack_device(codes: Tensor, shards: int = 1) -> Tensor:
     if k % shards:
         raise ValueError(f"cannot pack {k} columns in {shards} shards: shards must divide the columns")
     width = k // shards
-    blocks = -(-width // KBLOCK)
+    blocks = device_shape(n, k, shards)[0] // shards
     padded = torch.nn.functional.pad(codes.reshape(n, shards, width), (0, blocks * KBLOCK - width))
     halves = (padded.reshape(n, shards * blocks, 2, KBLOCK // 2) & 0xF).to(torch.uint8)
     return (halves[:, :, 0] | (halves[:, :, 1] << 4)).transpose(0, 1).contiguous()
+
+
+def repack_device(packed: Tensor, bits: int, shards: int = 1) -> Tensor:
+    """``pack_device(unpack_codes(packed, bits), shards)`` of ``pack_codes``' result for 2 to 4 bits; uint8 [blocks, N, 64].
+
+    4-bit codes are never unpacked: while it runs, it takes less memory than the weight would in bf16.
+    """
+    n, k = packed.shape[0], packed.shape[1] * 8 // bits
+    if bits != 4 or k % (2 * shards):
+        parts = packed.split(max(1, _AT_ONCE // k))
+        return torch.cat([pack_device(unpack_codes(part, bits), shards) for part in parts], dim=1)
+    width = k // shards // 2
+    blocks = device_shape(n, k, shards)[0] // shards
+    if room := blocks * KBLOCK // 2 - width:
+        packed = torch.nn.functional.pad(packed.reshape(n, shards, width), (0, room))
+    # A byte on disk is columns 2 i and 2 i + 1; those of the first half of a block meet those 64 columns further.
+    halves = packed.reshape(n, shards * blocks, 2, KBLOCK // 4)
+    first, second = halves[:, :, 0].transpose(0, 1), halves[:, :, 1].transpose(0, 1)
+    out = torch.empty(shards * blocks, n, KBLOCK // 4, 2, dtype=torch.uint8, device=packed.device)
+    out[..., 0] = (first & 0xF) | (second << 4)
+    out[..., 1] = (first >> 4) | (second & 0xF0)
+    return out.reshape(shards * blocks, n, KBLOCK // 2)
 
 
 def unpack_device(packed: Tensor, columns: int, shards: int = 1) -> Tensor:

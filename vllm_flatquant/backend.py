@@ -6,7 +6,9 @@ vLLM's own kernels. ``torch``: the reference functions, anywhere else. A layer c
 loading, ``transform_left``, ``transform_right`` and ``transform_clip`` (or None) and the weights below.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from . import _compat, ops
 from .errors import UnsupportedError
-from .kernels.pack import pack_codes, unpack_codes
+from .kernels.pack import device_shape, pack_codes, repack_device, unpack_codes
 from .kernels.quantize import dequantize_weight_ref
 from .kernels.tiles import warmup_tokens
 from .spec import FlatQuantSpec, Weights
@@ -33,13 +35,27 @@ class LayerShape:
 
 
 class Runtime(Protocol):
-    """The computation of one layer, made when the layer is."""
+    """The computation of one layer, made when the layer is.
+
+    ``tokens``: the numbers of tokens for which ``kernels`` runs every variant of our kernels that the layer can need.
+    """
+
+    tokens: Sequence[int]
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
         """Give ``layer`` its run-time weights. packed: as on disk. scale: float32 [N, groups]."""
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """x: [T, K] -> [T, N] in x's dtype."""
+
+    def kernels(self, layer: Any, x: Tensor, bias: Tensor | None) -> None:
+        """The part of ``apply`` that runs on our kernels."""
+
+    def stand_in(self, layer: Any) -> Any:
+        """What ``kernels`` needs of ``layer`` as it will be after ``process``: memory of the right shapes, no values.
+
+        layer: with the checkpoint's parameters.
+        """
 
 
 def make_runtime(spec: FlatQuantSpec, backend: str, shape: LayerShape, dtype: torch.dtype) -> Runtime:
@@ -68,36 +84,39 @@ def _set(layer: Any, name: str, value: Tensor) -> None:
     layer.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
 
-def _cast_factors(layer: Any, dtype: torch.dtype) -> None:
-    """Give the kernels factors in the dtype of their input, as they multiply them."""
-    for name in ("transform_left", "transform_right"):
-        factor = getattr(layer, name)
-        if factor is not None:
-            _set(layer, name, factor.data.to(dtype))
+class _OnTorch:
+    """What compiles nothing."""
+
+    tokens: Sequence[int] = ()
+
+    def kernels(self, layer: Any, x: Tensor, bias: Tensor | None) -> None:
+        pass
+
+    def stand_in(self, layer: Any) -> Any:
+        return layer
 
 
-_warmed: set[Any] = set()
+class _OnTriton:
+    """A transform of ours, in the dtype of its input: so the kernels multiply it."""
+
+    def __init__(self, dtype: torch.dtype, tokens: Sequence[int]) -> None:
+        self._dtype = dtype
+        self.tokens = tokens
+
+    def _cast_factors(self, layer: Any) -> None:
+        for name in ("transform_left", "transform_right"):
+            factor = getattr(layer, name)
+            if factor is not None:
+                _set(layer, name, factor.data.to(self._dtype))
+
+    def stand_in(self, layer: Any) -> Any:
+        factors = {"transform_left": layer.transform_left, "transform_right": layer.transform_right}
+        for name, factor in factors.items():
+            factors[name] = None if factor is None else torch.empty_like(factor, dtype=self._dtype)
+        return SimpleNamespace(**factors, transform_clip=layer.transform_clip)
 
 
-def _warm_up(
-    runtime: Runtime, layer: Any, key: Any, inputs: int, dtype: torch.dtype, tokens: int
-) -> None:
-    """Run ``layer`` once for every token count that has a tile of its own, up to ``tokens``.
-
-    Compiling a kernel while vLLM captures a CUDA graph would be fatal, and slow in the first requests.
-    """
-    factors = [None if f is None else f.shape for f in (layer.transform_left, layer.transform_right)]
-    device = next(layer.parameters()).device
-    bias = getattr(layer, "bias", None)
-    key = (type(runtime), key, *factors, bias is None, dtype, str(device))
-    if key in _warmed:
-        return
-    _warmed.add(key)
-    for count in warmup_tokens(tokens):
-        runtime.apply(layer, torch.zeros(count, inputs, dtype=dtype, device=device), bias)
-
-
-class IntegerTorch:
+class IntegerTorch(_OnTorch):
     """Integer weights and activations, through the reference functions."""
 
     def __init__(self, bits: int, weight_bits: int) -> None:
@@ -121,7 +140,7 @@ class IntegerTorch:
         )
 
 
-class WeightOnlyTorch:
+class WeightOnlyTorch(_OnTorch):
     """16-bit activations, weights dequantized once at load."""
 
     def __init__(self, weight_bits: int, dtype: torch.dtype) -> None:
@@ -138,30 +157,35 @@ class WeightOnlyTorch:
         return F.linear(x, layer.weight, bias)
 
 
-class IntegerTriton:
+class IntegerTriton(_OnTriton):
     """Weights of up to 4 bits, int4 or int8 activations, through our kernels."""
 
     def __init__(self, bits: int, weight_bits: int, dtype: torch.dtype) -> None:
         from .kernels.kron_quant import kron_quant
         from .kernels.w4_gemm import w4_gemm
 
+        super().__init__(dtype, warmup_tokens(_compat.token_limit()))
         self._bits = bits
         self._weight_bits = weight_bits
-        self._dtype = dtype
-        self._tokens = _compat.token_limit()
         self._kron_quant = kron_quant
         self._w4_gemm = w4_gemm
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        from .kernels.pack import pack_device
-
         shards = layer.transform_clip.shape[0]
-        codes = unpack_codes(packed, self._weight_bits)
-        _set(layer, "weight_device", pack_device(codes, shards))
+        _set(layer, "weight_device", repack_device(packed, self._weight_bits, shards))
         _set(layer, "weight_scale", scale)
-        _cast_factors(layer, self._dtype)
-        key = (codes.shape, shards, self._bits)
-        _warm_up(self, layer, key, codes.shape[1], self._dtype, self._tokens)
+        self._cast_factors(layer)
+
+    def stand_in(self, layer: Any) -> Any:
+        like, packed = super().stand_in(layer), layer.weight_packed
+        columns = packed.shape[1] * 8 // self._weight_bits
+        shape = device_shape(packed.shape[0], columns, layer.transform_clip.shape[0])
+        like.weight_device = torch.empty(shape, dtype=torch.uint8, device=packed.device)
+        like.weight_scale = layer.weight_scale
+        return like
+
+    def kernels(self, layer: Any, x: Tensor, bias: Tensor | None) -> None:
+        self.apply(layer, x, bias)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         codes, scale = self._kron_quant(
@@ -170,7 +194,7 @@ class IntegerTriton:
         return self._w4_gemm(codes, scale, layer.weight_device, layer.weight_scale, bias, x.dtype)
 
 
-class Integer8:
+class Integer8(_OnTriton):
     """8-bit weights and activations: our transform and quantization, then vLLM's int8 product."""
 
     def __init__(self, bits: int, shape: LayerShape, dtype: torch.dtype) -> None:
@@ -182,26 +206,30 @@ class Integer8:
                 f"{shape.local_shards}; serve with --tensor-parallel-size "
                 f"{shape.local_shards * shape.inputs // shape.local_inputs} or quantize with --shards 1"
             )
+        super().__init__(dtype, warmup_tokens(_compat.token_limit()))
         self._bits = bits
-        self._dtype = dtype
-        self._tokens = _compat.token_limit()
         self._kron_quant = kron_quant
         self._product = _compat.scaled_int8_product()
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
         _set(layer, "weight_codes", packed)
         _set(layer, "weight_scale", scale)
-        _cast_factors(layer, self._dtype)
-        _warm_up(self, layer, packed.shape, packed.shape[1], self._dtype, self._tokens)
+        self._cast_factors(layer)
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        codes, scale = self._kron_quant(
+    def kernels(self, layer: Any, x: Tensor, bias: Tensor | None) -> None:
+        self._quantized(layer, x)
+
+    def _quantized(self, layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self._kron_quant(
             x, layer.transform_left, layer.transform_right, layer.transform_clip, self._bits
         )
+
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        codes, scale = self._quantized(layer, x)
         return self._product(codes, layer.weight_codes.t(), scale, layer.weight_scale, x.dtype, bias)
 
 
-class WeightOnlyTriton:
+class WeightOnlyTriton(_OnTriton):
     """16-bit activations: our transform, then vLLM's weight-only kernel for 4 or 8 bits."""
 
     def __init__(self, weights: Weights, shape: LayerShape, dtype: torch.dtype) -> None:
@@ -212,8 +240,8 @@ class WeightOnlyTriton:
                 f"a layer has {shape.local_inputs} inputs per tensor-parallel rank, which is not a "
                 "multiple of 8; serve with a smaller --tensor-parallel-size"
             )
+        super().__init__(dtype, [1])  # the transform's launch does not depend on the number of tokens
         self._kron = kron
-        self._dtype = dtype
         self._bits = weights.bits
         self._kernel = _compat.WeightOnlyKernel(
             (shape.inputs, shape.outputs),
@@ -224,13 +252,18 @@ class WeightOnlyTriton:
         )
 
     def process(self, layer: Any, packed: Tensor, scale: Tensor) -> None:
-        codes = unpack_codes(packed, self._bits)
-        self._kernel.process(layer, pack_codes(codes, max(4, self._bits)), scale, self._dtype)
-        _cast_factors(layer, self._dtype)
-        # The transform's launch does not depend on the number of tokens; vLLM warms its own kernel.
-        _warm_up(self, layer, codes.shape, codes.shape[1], self._dtype, tokens=1)
+        if self._bits < 4:
+            packed = pack_codes(unpack_codes(packed, self._bits), 4)
+        self._kernel.process(layer, packed, scale, self._dtype)
+        self._cast_factors(layer)
+
+    def kernels(self, layer: Any, x: Tensor, bias: Tensor | None) -> None:
+        self._transformed(layer, x)  # vLLM warms its own kernel
+
+    def _transformed(self, layer: Any, x: Tensor) -> Tensor:
+        if layer.transform_left is None and layer.transform_right is None:
+            return x
+        return self._kron(x, layer.transform_left, layer.transform_right)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-        if layer.transform_left is not None or layer.transform_right is not None:
-            x = self._kron(x, layer.transform_left, layer.transform_right)
-        return self._kernel.apply(layer, x, bias)
+        return self._kernel.apply(layer, self._transformed(layer, x), bias)

@@ -4,6 +4,8 @@ vLLM fills floats with values around zero and leaves integers as they were in me
 near singular, clips and scales negative, and codes perhaps all zero, which a GPU multiplies faster.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 
@@ -26,14 +28,16 @@ def fill_dummy(layer: nn.Module) -> None:
         elif name.endswith("_clip"):
             tensor.fill_(1)
         elif name.startswith(("transform_", "k_transform_")):
-            tensor.copy_(_orthogonal(tensor).bfloat16())
+            tensor.copy_(_orthogonal(tensor.shape[-1]))
     if "k_transform_inverse_t" in parameters:
         parameters["k_transform_inverse_t"].data.copy_(parameters["k_transform_matrix"].data)
 
 
-def _orthogonal(like: Tensor) -> Tensor:
-    """Random orthogonal matrices [..., n, n] in float32; made on the CPU, which needs no solver's workspace."""
-    matrices = torch.empty(like.shape, dtype=torch.float32, device="cpu").reshape(-1, *like.shape[-2:])
-    for matrix in matrices:
-        nn.init.orthogonal_(matrix)
-    return matrices.reshape(like.shape)
+@cache
+def _orthogonal(size: int) -> Tensor:
+    """A random orthogonal matrix [size, size] of bf16 values; on the CPU, which needs no solver's workspace.
+
+    One of each size for all layers: threads that wait for each other on a busy machine make 0.1 s of each.
+    """
+    matrix = torch.empty(size, size, dtype=torch.float32, device="cpu")
+    return nn.init.orthogonal_(matrix).bfloat16()

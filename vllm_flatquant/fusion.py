@@ -257,12 +257,9 @@ def _value(node: Any) -> Any:
     return node.meta["val"]
 
 
-_warmed: set[Any] = set()
-
-
 @dataclass(frozen=True)
 class WarmUp:
-    """Compiles the fused kernels of one layer at load: never while a CUDA graph is captured, nor in a request.
+    """Runs the fused kernels of one layer: at load, for none may compile while a CUDA graph is captured.
 
     site: the layer's, which tells what comes before it. bits: of activations. tokens: the most in a batch.
     """
@@ -276,11 +273,8 @@ class WarmUp:
         """Run the fused kernels once for every token count that has a variant, with ``layer``'s factors."""
         factors = layer.transform_left, layer.transform_right, layer.transform_clip
         width, device = layer.input_size_per_partition, factors[2].device
-        key = (self, width, *(None if f is None else f.shape for f in factors), str(device))
-        alone = self.site == "o" or (self.site != "down" and self.dtype == torch.float16)
-        if alone or key in _warmed:
-            return
-        _warmed.add(key)
+        if self.site == "o" or (self.site != "down" and self.dtype == torch.float16):
+            return  # nothing is fused with these
         for count in warmup_tokens(self.tokens):
             if self.site == "down":
                 x = torch.zeros(count, 2 * width, dtype=self.dtype, device=device)

@@ -1,5 +1,6 @@
 """Quantized linear layers: which parameters they have, how they load, how they are applied."""
 
+from collections.abc import Hashable
 from fractions import Fraction
 from typing import Any
 
@@ -23,6 +24,7 @@ from .kernels.pack import packed_dtype, packed_shape, packing_step
 from .loading import ExpectedTensors
 from .sites import FACTOR_NAMES, Site, checkpoint_name, factor_name, factor_shapes
 from .spec import FlatQuantSpec
+from .startup import startup
 
 
 @register_weight_loader_v2_supported_method
@@ -64,18 +66,15 @@ class FlatQuantLinearMethod(LinearMethodBase):
                 )
             )
         ranks = input_size // input_size_per_partition
-        self._runtime = make_runtime(
-            self._spec,
-            self._backend,
-            LayerShape(
-                input_size,
-                output_size,
-                input_size_per_partition,
-                local_outputs,
-                self._spec.shards // ranks if self._site.row_parallel else 1,
-            ),
-            params_dtype,
+        self._shape = LayerShape(
+            input_size,
+            output_size,
+            input_size_per_partition,
+            local_outputs,
+            self._spec.shards // ranks if self._site.row_parallel else 1,
         )
+        self._dtype = params_dtype
+        self._runtime = make_runtime(self._spec, self._backend, self._shape, params_dtype)
         bits = self._spec.activations.bits
         self._fusion = None
         if fusion.active(self._backend, bits):
@@ -101,6 +100,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
         self._add_factors(layer, loader, input_size, input_size_per_partition)
         # vLLM makes the bias after this call and gives it this loader.
         layer.weight_loader = self._expected.checked("bias", layer.weight_loader)
+        startup.created(self, layer)
 
     def _add_weights(
         self, layer: Any, loader: Any, outputs: int, local_inputs: int, groups: int, inputs: int
@@ -167,15 +167,50 @@ class FlatQuantLinearMethod(LinearMethodBase):
         if not hasattr(self, "_expected"):
             return  # a second call, on weights that are processed already
         self.check_loaded(layer)
-        if self._deployment.dummy:
-            fill_dummy(layer)
-        for name in FACTOR_NAMES:
-            value = getattr(layer, name)
-            if value is not None:
-                layer.register_parameter(name, nn.Parameter(value.data, requires_grad=False))
-        packed, scale = layer.weight_packed.data, layer.weight_scale.data
-        del layer.weight_packed, layer.weight_scale, self._expected
-        self._runtime.process(layer, packed, scale)
+        with startup.weights():
+            if self._deployment.dummy:
+                fill_dummy(layer)
+            for name in FACTOR_NAMES:
+                value = getattr(layer, name)
+                if value is not None:
+                    layer.register_parameter(name, nn.Parameter(value.data, requires_grad=False))
+            packed, scale = layer.weight_packed.data, layer.weight_scale.data
+            del layer.weight_packed, layer.weight_scale, self._expected
+            self._runtime.process(layer, packed, scale)
+        startup.processed(self, layer)
+
+    def kind(self, layer: Any) -> Hashable:
+        """As ``startup.Owner``."""
+        if not self._runtime.tokens:
+            return None
+        factors = [getattr(layer, name) for name in FACTOR_NAMES]
+        shapes = [None if factor is None else tuple(factor.shape) for factor in factors]
+        scheme = self._spec.weights.bits, self._spec.activations.bits, self._dtype
+        device = next(layer.parameters()).device
+        return (self._shape, *scheme, self._fusion, *shapes, self._bias(layer) is None, device)
+
+    def stand_in(self, layer: Any) -> Any:
+        """As ``startup.Owner``."""
+        like = self._runtime.stand_in(layer)
+        for name in ("bias", "skip_bias_add", "tp_rank", "input_size_per_partition"):
+            setattr(like, name, getattr(layer, name))
+        return like
+
+    def _bias(self, layer: Any) -> Any:
+        """What vLLM gives ``apply``: one rank adds the bias of a sum over ranks."""
+        left_out = layer.skip_bias_add or (self._site.row_parallel and layer.tp_rank > 0)
+        return None if left_out else layer.bias
+
+    def run_kernels(self, layer: Any) -> None:
+        """As ``startup.Owner``: what ``apply`` runs, and what graphs run instead of it."""
+        factors = [f for f in (getattr(layer, name) for name in FACTOR_NAMES) if f is not None]
+        if not factors:
+            return  # nothing to transform or quantize: no kernel of ours
+        bias = self._bias(layer)
+        for count in self._runtime.tokens:
+            shape = count, self._shape.local_inputs
+            x = torch.zeros(shape, dtype=self._dtype, device=factors[0].device)
+            self._runtime.kernels(layer, x, bias)
         if self._fusion is not None:
             self._fusion.run(layer)
 

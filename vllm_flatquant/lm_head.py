@@ -1,5 +1,6 @@
 """The output head with 8-bit weights: vLLM's side. Off unless the checkpoint has one (``lm_head_bits``)."""
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from .dummy import fill_dummy
 from .errors import UnsupportedError
 from .kernels.w8_linear import TOKEN_BLOCKS, w8_linear, w8_linear_ref
 from .loading import ExpectedTensors
-
-_warmed: set[Any] = set()
+from .startup import startup
 
 
 class FlatQuantHeadMethod(QuantizeMethodBase):
@@ -51,6 +51,7 @@ class FlatQuantHeadMethod(QuantizeMethodBase):
             value.weight_loader = self._expected.checked(name, loader)  # type: ignore[attr-defined]
             layer.register_parameter(name, value)
             self._expected.expect(name, None, f"{self._prefix}.{name}", (vocabulary, columns), dtype)
+        startup.created(self, layer)
 
     def check_loaded(self, layer: Any) -> None:
         """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""
@@ -58,7 +59,7 @@ class FlatQuantHeadMethod(QuantizeMethodBase):
             self._expected.require_all()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Check that everything came, and compile the kernel for every number of tokens that it serves."""
+        """Check that everything came, and run the kernel for every number of tokens that it serves."""
         if not hasattr(self, "_expected"):
             return  # a second call
         self.check_loaded(layer)
@@ -67,13 +68,25 @@ class FlatQuantHeadMethod(QuantizeMethodBase):
         del self._expected
         for name in ("weight_packed", "weight_scale"):
             layer.register_parameter(name, nn.Parameter(getattr(layer, name).data, requires_grad=False))
+        startup.processed(self, layer)
+
+    def kind(self, layer: Any) -> Hashable:
+        """As ``startup.Owner``."""
+        if self._backend != "triton":
+            return None
         codes = layer.weight_packed
-        key = (tuple(codes.shape), self._dtype, layer.bias is None, str(codes.device))
-        if self._backend == "triton" and key not in _warmed:
-            _warmed.add(key)
-            for tokens in TOKEN_BLOCKS:
-                x = torch.zeros(tokens, codes.shape[1], dtype=self._dtype, device=codes.device)
-                self.apply(layer, x, layer.bias)
+        return "lm_head", tuple(codes.shape), self._dtype, layer.bias is None, codes.device
+
+    def stand_in(self, layer: Any) -> Any:
+        """As ``startup.Owner``: the layer's memory stays as it is."""
+        return layer
+
+    def run_kernels(self, layer: Any) -> None:
+        """As ``startup.Owner``."""
+        codes = layer.weight_packed
+        for tokens in TOKEN_BLOCKS:
+            x = torch.zeros(tokens, codes.shape[1], dtype=self._dtype, device=codes.device)
+            self.apply(layer, x, layer.bias)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x: [..., hidden] -> logits [..., rows of this rank] in x's dtype."""

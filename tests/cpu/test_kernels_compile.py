@@ -123,7 +123,7 @@ def test_w4_gemm_hopper(
         "S": shards, "HAS_BIAS": False, "SPLIT": split, "GROUP": 8, "STAGES": stages, "KB": kb, "PDL": True,
     }  # fmt: skip
     types = {
-        "x_desc": box("i8", bm, 128, 128, 8), "w_desc": box("i8", bn, 64, 64, 8),
+        "x_desc": box("i8", bm, 128, 128, 8), "w_desc": box("u8", bn, 64, 64, 8),
         "y_desc": box("bf16", bm, bn, 128, 16), "x_scale_ptr": "*fp32", "w_scale_ptr": "*fp32",
         "bias_ptr": "*bf16", "partial_ptr": "*i32", "count_ptr": "*i32", "t": "i32", "n": "i32", "blocks": "i32",
     }  # fmt: skip

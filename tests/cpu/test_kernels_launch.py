@@ -71,3 +71,17 @@ def test_without_gluon_it_is_said_once(caplog):
     assert [r.getMessage().split(" (")[0] for r in caplog.records] == [
         "flatquant: not_there needs another Triton"
     ]
+
+
+def test_collecting_starts_nothing_and_names_each_variant_once(kernel):
+    x = torch.zeros(64)
+    jit.launch(kernel, (3,), x, 16, BLOCK=16, FLAG=True)
+    assert len(kernel.asked) == jit.variants() == 1
+    with jit.collecting(lambda kernel, args, meta: (args[1], meta["BLOCK"])) as found:
+        for n in (16, 32, 1, 1):
+            for block in (16, 32):
+                jit.launch(kernel, (3,), x, n, BLOCK=block, FLAG=True)
+    assert list(found.values()) == [(16, 32), (1, 16), (1, 32)]  # (16, 16) was compiled before
+    assert len(kernel.asked) == 1
+    jit.launch(kernel, (3,), x, 1, BLOCK=32, FLAG=True)
+    assert len(kernel.asked) == jit.variants() == 2

@@ -1,16 +1,21 @@
 """Packing for the disk and for the GEMM: exact inverses, for every size."""
 
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_flatquant.kernels.pack import (
     KBLOCK,
+    device_shape,
     pack_codes,
     pack_device,
     pack_int4,
     packed_dtype,
     packed_shape,
     packing_step,
+    repack_device,
     unpack_codes,
     unpack_device,
     unpack_int4,
@@ -85,3 +90,51 @@ def test_pack_device_layout() -> None:
 def test_pack_device_names_the_shards_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match="3 shards"):
         pack_device(torch.zeros(2, 128, dtype=torch.int8), 3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("n,k,shards", [(1, 8, 1), (3, 256, 1), (5, 384, 2), (2, 1200, 4), (40, 104, 4)])
+def test_repack_goes_from_disk_to_device(monkeypatch, n: int, k: int, shards: int, bits: int) -> None:
+    monkeypatch.setattr("vllm_flatquant.kernels.pack._AT_ONCE", 1024)
+    top = 2 ** (bits - 1)
+    codes = torch.randint(-top, top, (n, k), dtype=torch.int8)
+    packed = repack_device(pack_codes(codes, bits), bits, shards)
+    assert packed.is_contiguous() and tuple(packed.shape) == device_shape(n, k, shards)
+    assert torch.equal(packed, pack_device(codes, shards))
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of all tensors that operators under this mode have made and somebody still holds, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        storage = result.untyped_storage() if isinstance(result, torch.Tensor) else None
+        if storage is not None and storage._cdata not in self.known:
+            given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
+            if storage._cdata not in given:
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("n,k,shards", [(1024, 4096, 1), (512, 1792, 1), (512, 2048, 4)])
+def test_repack_takes_less_memory_than_bf16_weights(n: int, k: int, shards: int) -> None:
+    packed = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8)
+    with Memory() as memory:
+        repacked = repack_device(packed, 4, shards)
+    assert repacked.nbytes <= memory.peak
+    assert packed.nbytes + memory.peak <= 2 * n * k
+    with Memory() as memory:
+        pack_device(unpack_codes(packed, 4), shards)
+    assert memory.peak > 4 * n * k  # as it would be through int32, or this measures nothing

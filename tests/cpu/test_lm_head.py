@@ -17,6 +17,7 @@ from vllm_flatquant.choice import Choice
 from vllm_flatquant.errors import CheckpointError
 from vllm_flatquant.kernels.w8_linear import TOKEN_BLOCKS, _dequantized, w8_linear_ref
 from vllm_flatquant.spec import SpecError, parse_spec
+from vllm_flatquant.startup import StartUp
 from vllm_flatquant.tools.inspection import verify_folder
 
 from .vllm_model import load_model, start_single_process
@@ -78,7 +79,7 @@ def test_cost_is_that_of_the_two_heads():
 def test_vllm_serves_the_reference_logits(checkpoint, monkeypatch, backend):
     _, out, _ = checkpoint
     monkeypatch.setattr(config, "choose_backend", lambda _: Choice(backend, "test"))
-    monkeypatch.setattr(lm_head, "_warmed", set())
+    monkeypatch.setattr(lm_head, "startup", StartUp())
     calls = []
     original = lm_head.FlatQuantHeadMethod.apply
     monkeypatch.setattr(

@@ -114,22 +114,18 @@ def test_int8_product_has_one_scale_for_a_token():
         make_runtime(Recipe(bits=8, weight_bits=8, shards=4), "triton", torch.bfloat16, shape)
 
 
-def test_warm_up_runs_every_tile_once(monkeypatch):
-    from vllm_flatquant.kernels.tiles import warmup_tokens
-
-    monkeypatch.setattr(backend, "_warmed", set())
-    counts = []
-    original = backend.IntegerTriton.apply
-    monkeypatch.setattr(
-        backend.IntegerTriton,
-        "apply",
-        lambda self, layer, x, bias: counts.append(len(x)) or original(self, layer, x, bias),
-    )
-    packed = pack_int4(torch.zeros(128, 256, dtype=torch.int8))
-    for _ in range(2):
-        runtime = make_runtime(Recipe(shards=2), "triton", torch.bfloat16)
-        runtime.process(random_layer(), packed, torch.ones(128, 1))
-    assert counts == warmup_tokens(runtime._tokens)
+def test_stand_in_has_the_shapes_of_the_processed_layer():
+    """Start-up goes through a layer's kernels before the weights are there."""
+    runtime, layer = make_runtime(Recipe(shards=2), "triton", torch.bfloat16), random_layer()
+    layer.weight_packed = nn.Parameter(torch.zeros(128, 128, dtype=torch.uint8), requires_grad=False)
+    layer.weight_scale = nn.Parameter(torch.ones(128, 1))
+    like = runtime.stand_in(layer)
+    runtime.process(layer, layer.weight_packed.data, layer.weight_scale.data)
+    for name, value in vars(like).items():
+        processed = getattr(layer, name)
+        assert (value.shape, value.dtype) == (processed.shape, processed.dtype), name
+    assert set(vars(like)) >= {"weight_device", "weight_scale", "transform_left", "transform_clip"}
+    runtime.kernels(like, torch.zeros(3, 256, dtype=torch.bfloat16), None)
 
 
 @pytest.mark.parametrize("bits", [4, 16])

@@ -77,6 +77,21 @@ def test_warm_start_is_judged_by_the_start_that_compiled(benchmarks, run):
     assert "0 RMSNorm" in label(NO_NORMS) and "0 RMSNorm" in label(WARM)
 
 
+def test_a_start_is_taken_apart(benchmarks):
+    """The lines are those of startup.py and vLLM."""
+    from serving_process import log_figures
+
+    log = """Model loading took 5.23 GiB and 3.1 seconds
+    FlatQuant: 27 kernels ready in 0.91 s (26 from cache)
+    FlatQuant: weights of 128 layers ready in 0.42 s
+    load: peak 5756889600 bytes, 3.2 s
+    torch.compile took 4.72 s in total"""
+    found = {row["measure"]: row["value"] for row in log_figures(log, alone=True)}
+    parts = {"load": 3.2, "load_kernels": 0.91, "load_kernels_from_cache": 26, "load_process": 0.42}
+    assert found.items() >= (parts | {"compile": 4.72}).items()
+    assert not parts.keys() & {row["measure"] for row in log_figures(log, alone=False)}
+
+
 ENGINE = """
 import json, sys, time
 from pathlib import Path

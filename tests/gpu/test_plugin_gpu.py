@@ -1,5 +1,6 @@
 """The plugin on a CUDA GPU: layers of real vLLM models, and the engine, against the references."""
 
+import re
 from importlib.util import find_spec
 
 import pytest
@@ -111,3 +112,15 @@ def test_fusion_changes_speed_only(tmp_path, architecture):
         assert ("FlatQuant fusion" in log) == (FUSED_LINE in log) == (switch == "1")
         results.append(torch.cat([torch.tensor(answer["logprobs"][1:]) for answer in answers]))
     assert (results[0] - results[1]).abs().mean() < 0.15
+
+
+def test_kernels_are_compiled_ahead_and_then_come_from_the_cache(tmp_path):
+    """By workers, from an empty Triton cache, and by nobody at the second start."""
+    write_checkpoint(tmp_path, Recipe(shards=1, lm_head_bits=8, dtype=torch.bfloat16))
+    for warm in (False, True):
+        folder = str(tmp_path / "triton")
+        _, log = run_engine(tmp_path, random_prompts()[:1], TRITON_CACHE_DIR=folder)
+        said = re.search(r"FlatQuant: (\d+) kernels ready in [\d.]+ s \((.*)\)", log)
+        assert said and int(said[1]) > 0
+        assert said[2] == f"{said[1] if warm else 0} from cache"
+        assert "compiled where it is needed" not in log
