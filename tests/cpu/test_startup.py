@@ -227,7 +227,8 @@ def test_a_model_goes_through_the_kernels_of_each_kind_twice(tmp_path, monkeypat
         "run_kernels",
         lambda self, layer: calls.append(self._site.name) or original(self, layer),
     )
-    monkeypatch.setattr(startup, "_device", lambda layer: "cuda:0")  # kernels are gone through ahead, too
+    # As on a GPU, where kernels are gone through before the weights are there, too.
+    monkeypatch.setattr(startup, "_device", lambda layer: "cuda:0")
     recipe = Recipe(shards=2, dtype=torch.bfloat16)
     write_checkpoint(tmp_path, recipe)
     model = load_model(tmp_path)
