@@ -20,6 +20,8 @@ from .errors import UserError
 
 INPUTS, CHECKPOINT = "inputs", "checkpoint"
 _RUN, _LOCK, _PUBLISHED, _OLD, _TMP = "run.json", "lock", "published", "old", ".tmp"
+_TRIES = 100
+"""After so many, nothing can be made there (/proc and automounts say "no such file" for that) and no run is leaving."""
 
 
 def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
@@ -72,7 +74,9 @@ class Staging:
     def __enter__(self) -> Self:
         if not parallel.is_writer():
             return self
+        tries = 0
         while self._lock < 0:
+            tries += 1
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 if any(self.folder.iterdir()) and not (self.folder / _LOCK).exists():
@@ -80,9 +84,9 @@ class Staging:
                         f"{self.folder} is in the way and holds no interrupted run; move it or choose another --out"
                     )
                 self._lock = self._take_lock()
-            except FileNotFoundError:
-                continue  # the run before removed it between two of these lines
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and tries < _TRIES:
+                    continue  # the run before removed it between two of these lines
                 raise UserError(
                     f"{self.out} cannot be made ({error.strerror}); choose another --out"
                 ) from None

@@ -168,6 +168,15 @@ def test_a_folder_of_the_users_in_the_way(tmp_path, model, calib):
     assert (folder / "mine.txt").exists()
 
 
+def test_where_nothing_can_be_made(run, model, calib):
+    """/proc and automounts answer "no such file" to whoever makes a folder in them, however often."""
+    status, _, err = run(
+        "quantize", model, "--out", "/proc/out", "--calib", calib, "--samples", 4, "--seq-len", 24
+    )
+    assert status == 1
+    assert "/proc/out cannot be made (No such file or directory); choose another --out" in err
+
+
 def test_damaged_memory_of_a_run(interrupted, run, tmp_path):
     interrupted()
     file = staging_folder(tmp_path / "out") / "run.json"
