@@ -209,7 +209,10 @@ def generated_tokens(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         size = generation_batch(source, tokens.shape[1])
-        parts = [network.generate(p, generation_config=wanted) for p in batches(prompts, size, device)]
+        parts = [
+            network.generate(p, attention_mask=torch.ones_like(p), generation_config=wanted)
+            for p in batches(prompts, size, device)
+        ]  # without a mask, token 0 would count as padding
     return torch.cat(parts).cpu()
 
 

@@ -222,6 +222,20 @@ def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):
     assert mean > own.mean() + 0.5  # likelier under the model than a random token
 
 
+def test_the_model_reads_token_0_of_a_prompt(tmp_path):
+    source = ModelSource(make_model(tmp_path / "model"))
+    tokens = random_tokens(4, 24)
+    tokens[:, ::2] = 0
+    rows = generated_tokens(source, tokens, 6, 0, CPU)
+    network, expected = load_reference(source.path), rows[:, :12]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for _ in range(12):
+            following = network(expected).logits[:, -1].softmax(-1)
+            expected = torch.cat([expected, torch.multinomial(following, 1)], 1)
+    assert (rows[:, :12] == 0).any() and torch.equal(rows, expected)
+
+
 def test_memory_is_known_before_it_is_needed(tmp_path):
     source, recipe, spec, tokens, blocks = finished_blocks(tmp_path, kv=4, epochs=0)
     kwargs, rows = record_inputs(source, tokens[:1], CPU)[1], tokens[: recipe.batch_size]
