@@ -160,7 +160,7 @@ class TrainableBlock(nn.Module):
                 left, right = (
                     (heads // shards, None)
                     if name == "o"
-                    else factor_pair(width // shards, f"input width of {names[0]}")
+                    else factor_pair(width // shards, f"input width of {names[0]}", recipe.widest_factor)
                 )
             diag = None
             if name in recipe.diag:

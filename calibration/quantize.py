@@ -112,7 +112,7 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     def factors(site: str, width: int, named: str) -> Factors | None:
         if site not in online:
             return None
-        left, right = factor_pair(width, named)
+        left, right = factor_pair(width, named, recipe.widest_factor)
         return Factors(left=left, right=right)
 
     return FlatQuantSpec(

@@ -36,7 +36,8 @@ class Recipe(BaseModel):
     ``rotation_batch`` rows at rate ``rotation_lr`` (learned_rotation.py).
     transforms: which there are: qkv, o, gate_up, down (on-line, before these linears), k (on-line, on q and
     k, only if K is quantized) and v (merged into v_proj and o_proj). matrix: their form; v_matrix: v's, if it
-    differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. diag: sites with a
+    differs; v_each_head: one for each KV head, possible without the head-axis matrix of o. widest_factor: the right factors of
+    qkv, gate_up and down are the largest up to it that the kernels take (None: left and right as equal as possible). diag: sites with a
     merged diagonal (that of o goes into v_proj); its start has exponent diag_alpha, and takes weights as they
     are or in units of their row's largest (diag_rows). Clips are learned or one
     number.
@@ -82,6 +83,7 @@ class Recipe(BaseModel):
     transforms: tuple[TransformName, ...] = TRANSFORMS
     v_matrix: Literal["svd", "direct", "orthogonal", "hadamard", "affine"] | None = None
     v_each_head: bool = False
+    widest_factor: int | None = Field(default=None, gt=1)
     diag: tuple[SiteName, ...] = DIAGONALS
     diag_alpha: float = Field(default=0.3, ge=0, le=1)
     diag_rows: Literal["raw", "normalized"] = "raw"

@@ -66,6 +66,7 @@ PARTIAL = {
     "v-affine": {"transforms": ("v",), "v_each_head": True, "v_matrix": "affine"},
     "hadamard": {"matrix": "hadamard", "diag": False},
     "v-shared": {"transforms": ("down", "v"), "diag": ("o", "down"), "v_matrix": "orthogonal"},
+    "wide": {"widest_factor": 24},
     "o-without-v": {"transforms": ("o", "k", "gate_up"), "diag": ("o",), "shards": 2},
 }
 

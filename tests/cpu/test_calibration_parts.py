@@ -55,6 +55,14 @@ def test_factor_pair_prefers_multiples_of_16():
     assert factor_pair(11008) == (86, 128)  # 43 is prime: no balanced pair of multiples of 16
 
 
+def test_factor_pair_as_wide_as_wanted():
+    assert factor_pair(4096, widest=128) == (32, 128)
+    assert factor_pair(4096, widest=1024) == (16, 256)  # what the kernels hold
+    assert factor_pair(384, widest=128) == (3, 128)
+    assert factor_pair(14336, widest=128) == (112, 128)
+    assert factor_pair(28672, widest=128) == factor_pair(28672)  # 224 x 128 is beyond the kernels
+
+
 def test_no_factor_pair_names_the_dimension():
     with pytest.raises(UserError, match="intermediate_size 10007"):
         factor_pair(10007, "intermediate_size")

@@ -23,6 +23,7 @@ TINY = {"samples": 4, "seq_len": 24, "batch_size": 2}
         ("omniquant-w4a16", {"epochs": 1}),
         ("affinequant-w4a4", {"epochs": 2, "kv": 8}),
         ("smoothquant-w4a8", {}),
+        ("flatquant-w4a4", {"epochs": 1, "widest_factor": 24}),
     ],
 )
 def test_layers_of_a_recipe_in_vllm(tmp_path, calib, name, settings):
