@@ -3,6 +3,7 @@
 import csv
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 KEY = ["gpu", "vllm", "commit", "model", "format", "measure"]
@@ -20,7 +21,7 @@ NO_KERNEL = ("(wall", "(busy", "(idle")
 """How rows of a profile begin that are no kernels."""
 Row = dict[str, Any]
 Runs = dict[str, dict[str, dict[str, float]]]
-"""format -> measure -> {"value", "ratio"} of its latest run."""
+"""format -> measure -> {"value", "ratio"}, medians over runs."""
 
 
 def read_rows(results: Path) -> list[Row]:
@@ -32,19 +33,21 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def collect(rows: list[Row]) -> dict[tuple[str, str, str, str], Runs]:
-    """(model, GPU, vLLM, engine) -> figures. A ratio is bf16's value over the format's, of the same run."""
+    """(model, GPU, vLLM, engine) -> medians over runs. A ratio is bf16's value over the format's, of the same run."""
     base = {
         (r["run"], r["model"], r["measure"]): float(r["value"]) for r in rows if r["format"] == "bf16"
     }
-    found: dict[tuple[str, str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
-    for row in rows:  # rows are in the order of time: the last one counts
+    figures: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
         value, reference = float(row["value"]), base.get((row["run"], row["model"], row["measure"]))
-        figure = {"value": value}
+        of = figures[row["model"], row["gpu"], row["vllm"], row["engine"], row["format"], row["measure"]]
+        of["value"].append(value)
         if reference and value:
             higher_is_better = row["unit"] in ("tokens", "tokens/s", "requests/s")
-            figure["ratio"] = value / reference if higher_is_better else reference / value
-        key = row["model"], row["gpu"], row["vllm"], row["engine"]
-        found[key][row["format"]][row["measure"]] = figure
+            of["ratio"].append(value / reference if higher_is_better else reference / value)
+    found: dict[tuple[str, str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
+    for (model, gpu, vllm, engine, name, measure), lists in figures.items():
+        found[model, gpu, vllm, engine][name][measure] = {k: median(v) for k, v in lists.items()}
     return found
 
 
