@@ -41,6 +41,15 @@ AIMS = {
 }
 """Set beforehand for ``FINAL``: about half of what FlatQuant's own code loses."""
 
+SHORT = {
+    "flatquant-w4a8": "the first to try, for few tokens at a time and for many: runs the kernels of W4A4",
+    "flatquant-w4a4-gptq": "to compare at 4-bit activations; no faster than W4A8",
+    "flatquant-e2e-w4a4": "the same, for models of up to about a billion weights",
+    "flatquant-w4a16": "GPUs that do not multiply int8 fast; vLLM's weight-only kernels",
+    "flatquant-e2e-w4a16": "the same, for models of up to about a billion weights",
+}
+"""Recipe -> when to use it, at the top of the page."""
+
 
 def usual(rows: Rows) -> Rows:
     """Of one model's rows those of recipes as they are, calibrated on what most rows are."""
@@ -69,6 +78,20 @@ def on(rows: Rows, counts: Sequence[int]) -> Rows:
 def mean_or_empty(values: Sequence[float]) -> str:
     """Their mean, or nothing."""
     return f"{mean(values):.3f}" if values else ""
+
+
+def in_short(rows: Rows) -> str:
+    """The recipes ``SHORT``: perplexity, how much of it quantization added, and when to use each."""
+    values = by_config(on(rows, (354, 390)))
+    original = values[UNQUANTIZED]
+    lines = [f"| recipe | {' | '.join(FINAL)} | use it for |", "|---|---|---|---|"]
+    unquantized = " | ".join(mean_or_empty(original[text]) for text in FINAL)
+    lines.append(f"| unquantized | {unquantized} | |")
+    for name, use in SHORT.items():
+        found = [(mean(values[name][text]), mean(original[text])) for text in FINAL]
+        cells = " | ".join(f"{value:.3f} ({value / before - 1:+.1%})" for value, before in found)
+        lines.append(f"| `{name}` | {cells} | {use} |")
+    return "\n".join(lines) + "\n"
 
 
 def frontier(ablation: Rows, peers: Rows) -> str:
@@ -168,6 +191,7 @@ def tables() -> dict[str, str]:
     models = comparison_rows()
     large = next(iter(models))
     return {
+        "short": in_short(models[large]),
         "comparison": "".join(table(rows) for rows in models.values()),
         "frontier": frontier(read("ablation"), read("peers")),
         "peers": beside_peers(models[large], read("peers")),

@@ -48,7 +48,9 @@ FLATQUANT: dict[str, NamedRecipe] = {
     "flatquant-w4a8-gptq": NamedRecipe(
         "as flatquant-w4a8, then GPTQ", {"scheme": "w4a8", "rounding": "gptq"}
     ),
-    "flatquant-w4a16": NamedRecipe("weights only, for few tokens at a time", {"scheme": "w4a16"}),
+    "flatquant-w4a16": NamedRecipe(
+        "weights only, for GPUs that do not multiply int8 fast", {"scheme": "w4a16"}
+    ),
     "flatquant-w4a16-gptq": NamedRecipe(
         "as flatquant-w4a16, then GPTQ", {"scheme": "w4a16", "rounding": "gptq"}
     ),

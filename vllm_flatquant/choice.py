@@ -65,5 +65,5 @@ def suitable_scheme(capability: int | None) -> Choice:
     return Choice(
         "w4a8",
         "int8 tensor cores run 4- and 8-bit activations at one speed, and 8 bits are more accurate; w4a4 where "
-        f"a fully 4-bit model is the aim, w4a16 where only a few tokens are decoded at a time{tested}",
+        f"a fully 4-bit model is the aim{tested}",
     )
