@@ -1,14 +1,21 @@
 """One CUDA graph of everything that a function does: made where it fits into memory, given back where it fails."""
 
 import gc
+import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from . import parallel
 from .meter import free_memory
 
+log = logging.getLogger(__name__)
+EAGER = "FLATQUANT_EAGER_TRAINING"
+"""Environment variable that turns captures off, should a driver or library not bear them."""
 SPARE = 1.2
 """A graph's memory in units of the tensors that live in it at once: the rest lies between them."""
 _open: list[torch.cuda.CUDAGraph] = []
@@ -17,6 +24,17 @@ _open: list[torch.cuda.CUDAGraph] = []
 
 class CaptureError(RuntimeError):
     """A function cannot be captured; nothing is left of the attempt."""
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether to capture at all: on a GPU, unless ``EAGER`` is set, and not beside NCCL, which is not tried yet."""
+    return device.type == "cuda" and parallel.world() == 1 and not os.environ.get(EAGER)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """Once, not for each block."""
+    log.warning(text)
 
 
 def missing_memory(device: torch.device) -> int:
@@ -78,3 +96,55 @@ def _has_ended(graph: torch.cuda.CUDAGraph) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+class Recording:
+    """A graph of ``function(*inputs)``, for any inputs of the shapes of the first. Raises as ``capture``."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        inputs: tuple[Tensor, ...],
+        drop: Callable[[], None],
+        device: torch.device,
+        stream: torch.cuda.Stream,
+    ):
+        self.inputs = tuple(t.clone() for t in inputs)
+        self.graph, self.result = capture(lambda: function(*self.inputs), drop, device, stream)
+
+    def takes(self, inputs: tuple[Tensor, ...]) -> bool:
+        """Whether these have the shapes."""
+        return all(a.shape == b.shape for a, b in zip(inputs, self.inputs, strict=True))
+
+    def replay(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The function's result, which the next replay overwrites."""
+        for kept, new in zip(self.inputs, inputs, strict=True):
+            kept.copy_(new)
+        self.graph.replay()
+        return self.result
+
+
+class Repeated:
+    """``function(*inputs)``, a tensor, called many times with inputs of few shapes and waiting for nothing.
+
+    On a GPU the first call runs as it is, which loads what it needs; the second is captured, and all of its shapes
+    are replays, each of which overwrites the result of the one before. If it cannot be captured, a warning says that
+    ``name`` runs slower.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], device: torch.device, name: str):
+        self.function, self.device, self.name = function, device, name
+        self.calls = 0
+        self.recording: Recording | None = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == 2 and wanted(self.device):
+            stream = torch.cuda.Stream(self.device)
+            try:
+                self.recording = Recording(self.function, inputs, lambda: None, self.device, stream)
+            except CaptureError as error:
+                warn_once(f"{self.name} is not captured in a CUDA graph and runs slower: {error}")
+        if self.recording is not None and self.recording.takes(inputs):
+            return self.recording.replay(inputs)
+        return self.function(*inputs)

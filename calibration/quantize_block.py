@@ -18,10 +18,11 @@ from .errors import UserError
 from .export import TENSORS, save_tensors, write_text
 from .fold import fold_block
 from .meter import Meter
+from .precision import products
 from .recipe import Recipe
 from .round_block import RoundingReport, round_block
 from .source import ModelSource, is_finite
-from .streams import FULL, QUANTIZED, new_stream, run_block, store_stream
+from .streams import FULL, QUANTIZED, batches, new_stream, run_block, store_stream
 from .train import collect_stats, train_block
 
 ERROR_ROWS = 16
@@ -75,7 +76,8 @@ def quantize_block(
     layer = source.load_block(index, device)
     meter.enter("observe")
     target = new_stream(folder and folder / FULL, tuple(x.shape), x.device)
-    stats = collect_stats(layer, source.arch, x, kwargs, size, device, target)[1]
+    with products(recipe.precision):
+        stats = collect_stats(layer, source.arch, x, kwargs, size, device, target)[1]
     if parallel.anywhere(not all(is_finite(row) for row in target)):
         raise UserError(
             f"block {index} gives NaN or inf on the calibration text; the model is damaged or its dtype "
@@ -84,7 +86,8 @@ def quantize_block(
     block = TrainableBlock(layer, source.arch, recipe, stats, seed=recipe.seed * 1009 + index)
     meter.enter("check")
     few = slice(0, max(1, ERROR_ROWS // parallel.world()))
-    before = block_error(layer, x[few], target[few], kwargs, size, device)
+    with products(recipe.precision):
+        before = block_error(layer, x[few], target[few], kwargs, size, device)
     block.forget()
     meter.enter("train")
     inputs = x_q if recipe.chain == "quantized" else x
@@ -93,13 +96,14 @@ def quantize_block(
     folded = fold_block(block, stored)
     del block, layer
     finished = source.load_block(index, device)
-    meter.enter("round")
-    tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
-    meter.enter("check")
-    after = block_error(finished, x[few], target[few], kwargs, size, device)
-    meter.enter("run")
-    quantized = new_stream(folder and folder / QUANTIZED, tuple(x_q.shape), x_q.device)
-    run_block(finished, x_q, kwargs, size, device, quantized)
+    with products(recipe.precision):
+        meter.enter("round")
+        tensors, rounding = round_block(finished, folded, recipe, spec, source, x, x_q, kwargs, device)
+        meter.enter("check")
+        after = block_error(finished, x[few], target[few], kwargs, size, device)
+        meter.enter("run")
+        quantized = new_stream(folder and folder / QUANTIZED, tuple(x_q.shape), x_q.device)
+        run_block(finished, x_q, kwargs, size, device, quantized)
     if recipe.distill_epochs:
         tensors |= {n + LATENT: w.float() for n, w in folded.weights.items()}
     meter.enter(None)
@@ -149,6 +153,7 @@ def load_block(folder: Path, prefix: str) -> dict[str, Tensor]:
     return tensors | (load_file(folder / LATENTS) if (folder / LATENTS).exists() else {})
 
 
+@torch.no_grad()
 def block_error(
     layer: nn.Module,
     x: Tensor,
@@ -159,6 +164,10 @@ def block_error(
 ) -> float:
     """Mean squared difference between the layer's output for x and ``target``, both [N, T, hidden], over the rows
     of all processes."""
-    error = F.mse_loss(run_block(layer, x, kwargs, batch_size, device), target)
+    error = torch.zeros((), device=device)  # there: a row of a 70B model is 67 MB
+    for batch, goal in zip(
+        batches(x, batch_size, device), batches(target, batch_size, device), strict=True
+    ):
+        error += F.mse_loss(layer(batch, **kwargs), goal) * len(batch) / len(x)
     parallel.mean_(error)
     return error.item()

@@ -42,7 +42,8 @@ class Recipe(BaseModel):
     are or in units of their row's largest (diag_rows). Clips are learned or one
     number.
     chain: a block learns its full-precision output from full-precision inputs, or from those of the quantized
-    blocks before it. precision: of products while training, in PyTorch's words; high is TF32.
+    blocks before it. precision: of float32 products in PyTorch's words; high is TF32. Folding and
+    the factors of Hessians are float64.
     damping, damping_rule, column_order: of GPTQ's and Qronos's Hessian (``rounding.prepare``); None: as their
     authors have them. gptq_block: columns between two updates of all that follow. magr_alpha, magr_steps: of
     MagR (magr.py), none if 0. weight_scale, weight_shrink: how scales follow from weights (``weights.Grid``).

@@ -4,12 +4,14 @@ All take a weight [out, in] with rows of any number of layers that share an inpu
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..kernels.quantize import codes_ref
+from .capture import Repeated
 
 Rule = Literal["mean", "spectral", "column"]
 
@@ -179,12 +181,20 @@ def round_columns(w: Tensor, steps: Tensor, upper: Tensor, bits: int, block: int
 
     steps: each weight's scale [out, K]. upper: U [K, K]. codes: [out, K], written. w is changed.
     """
+    # A column is ten small operations, which a GPU does sooner than Python can ask for them.
+    round_some = Repeated(partial(sweep_block, bits=bits), w.device, "rounding of columns")
     for start in range(0, w.shape[1], block):
-        stop = min(start + block, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
-        for i in range(start, stop):
-            codes[:, i] = codes_ref(w[:, i : i + 1], steps[:, i], bits)[:, 0]
-            error = (w[:, i] - codes[:, i] * steps[:, i]) / upper[i, i]
-            w[:, i:stop] -= error[:, None] * upper[i, i:stop]
-            errors[:, i - start] = error
-        w[:, stop:] -= errors @ upper[start:stop, stop:]
+        some, rest = slice(start, start + block), slice(start + block, None)
+        codes[:, some], errors = round_some(w[:, some], steps[:, some], upper[some, some])
+        w[:, rest] -= errors @ upper[some, rest]
+
+
+def sweep_block(w: Tensor, steps: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """As ``round_columns`` for the columns of one block. Returns codes, and errors in units of U_jj [2, out, block]."""
+    w, out = w.clone(), w.new_empty(2, *w.shape)
+    for i in range(w.shape[1]):
+        codes = codes_ref(w[:, i : i + 1], steps[:, i], bits)[:, 0]
+        errors = (w[:, i] - codes * steps[:, i]) / upper[i, i]
+        w[:, i:] -= errors[:, None] * upper[i, i:]
+        out[0, :, i], out[1, :, i] = codes, errors
+    return out

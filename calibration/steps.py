@@ -4,22 +4,17 @@ Training transforms is many small operations, so a GPU waits for Python unless t
 AdamW) is captured once and replayed.
 """
 
-import logging
 import math
-import os
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .capture import CaptureError, capture, missing_memory
+from .capture import CaptureError, Recording, missing_memory, wanted, warn_once
+from .precision import products
 
-log = logging.getLogger(__name__)
-EAGER = "FLATQUANT_EAGER_TRAINING"
-"""Environment variable that turns captures off, should a driver or library not bear them."""
 EAGER_STEPS = 3
 """Steps before the capture: they make the optimizer's state and the libraries' workspaces."""
 
@@ -90,11 +85,9 @@ class Steps:
         self.parameters = [p for group in groups for p in group["params"]]
         self.skipped = torch.zeros((), device=device)
         self.count = 0
-        self.wanted = graph and cuda and parallel.world() == 1 and not os.environ.get(EAGER)
+        self.wanted = graph and wanted(device)
         self.side = torch.cuda.Stream(device) if self.wanted else None
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.inputs: tuple[Tensor, ...] = ()
-        self.result = torch.zeros((), device=device)
+        self.graph: Recording | None = None
 
     def step(self, *inputs: Tensor) -> Tensor:
         """One step on ``inputs``; the loss before it, NaN if the step was skipped, a new scalar tensor."""
@@ -103,13 +96,8 @@ class Steps:
         self.count += 1
         if self.wanted and self.graph is None and self.count > EAGER_STEPS:
             self._capture(inputs)
-        if self.graph is not None and all(
-            a.shape == b.shape for a, b in zip(inputs, self.inputs, strict=True)
-        ):
-            for kept, new in zip(self.inputs, inputs, strict=True):
-                kept.copy_(new)
-            self.graph.replay()
-            return self.result.clone()
+        if self.graph is not None and self.graph.takes(inputs):
+            return self.graph.replay(inputs).clone()
         if self.side is None:
             return self._eager(inputs)
         self.side.wait_stream(torch.cuda.current_stream())  # what is captured later must have run there
@@ -120,15 +108,11 @@ class Steps:
 
     def _eager(self, inputs: tuple[Tensor, ...]) -> Tensor:
         self.optimizer.zero_grad(set_to_none=True)
-        before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision(self.precision)
-        try:
+        with products(self.precision):
             loss = self.loss(*inputs)
             value = loss.detach().clone()
             parallel.mean_(value)
             (loss / value.clamp(min=1e-30) if self.normalize else loss).backward()
-        finally:
-            torch.set_float32_matmul_precision(before)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         parallel.mean_(*gradients)
         norm = nn.utils.get_total_norm(gradients)
@@ -146,12 +130,12 @@ class Steps:
         if missing > 0:
             return self._stay_eager(f"{missing / 1e9:.0f} GB of GPU memory too little")
         assert self.side is not None
-        self.inputs = tuple(t.clone() for t in inputs)
         try:
-            made = capture(lambda: self._eager(self.inputs), self._drop, self.device, self.side)
+            self.graph = Recording(
+                lambda *kept: self._eager(kept), inputs, self._drop, self.device, self.side
+            )
         except CaptureError as error:
-            return self._stay_eager(str(error))
-        self.graph, self.result = made
+            self._stay_eager(str(error))
 
     def _drop(self) -> None:
         """Let go of what a step leaves behind."""
@@ -159,11 +143,5 @@ class Steps:
         self.optimizer.found_inf = None
 
     def _stay_eager(self, why: str) -> None:
-        self.wanted, self.side, self.inputs = False, None, ()
-        _warn(f"training steps are not captured in a CUDA graph and run slower: {why}")
-
-
-@cache
-def _warn(text: str) -> None:
-    """Once, not for each block."""
-    log.warning(text)
+        self.wanted, self.side = False, None
+        warn_once(f"training steps are not captured in a CUDA graph and run slower: {why}")

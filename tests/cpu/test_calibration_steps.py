@@ -4,9 +4,15 @@ import math
 
 import pytest
 import torch
+from tiny_model import make_model, random_tokens
 from torch import nn
 
+from vllm_flatquant.calibration import quantize_block
+from vllm_flatquant.calibration.quantize import make_spec
+from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.source import ModelSource
 from vllm_flatquant.calibration.steps import MeanLoss, Steps, cosine
+from vllm_flatquant.calibration.streams import record_inputs
 
 CPU = torch.device("cpu")
 
@@ -64,3 +70,25 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     assert all(torch.equal(v, moments[k]) for k, v in trainer.optimizer.state[p].items())
     trainer.step(torch.ones(3))
     assert torch.isfinite(p).all() and not torch.equal(p, kept)
+
+
+@pytest.mark.parametrize("precision", ["high", "highest"])
+def test_a_block_is_multiplied_in_the_recipes_precision(tmp_path, monkeypatch, precision):
+    """All but the folding, and nothing after it."""
+    seen = {}
+    for name in ("collect_stats", "block_error", "fold_block", "round_block", "run_block"):
+        exact = getattr(quantize_block, name)
+
+        def watched(*args, name=name, exact=exact):
+            seen.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return exact(*args)
+
+        monkeypatch.setattr(quantize_block, name, watched)
+    source = ModelSource(make_model(tmp_path / "model"))
+    few = {"samples": 2, "seq_len": 16, "batch_size": 1, "epochs": 1}
+    recipe = make_recipe(**few, precision=precision, rounding="gptq")
+    x, kwargs = record_inputs(source, random_tokens(2, 16), CPU)
+    quantize_block.quantize_block(source, 0, recipe, make_spec(source, recipe), x, x, kwargs[0], CPU)
+    assert seen.pop("fold_block") == {"highest"}
+    assert len(seen) == 4 and all(found == {precision} for found in seen.values())
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -1,5 +1,6 @@
 """Training on a GPU: a captured step gives what eager steps give, and capture does happen."""
 
+import gc
 import logging
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "cpu"))
 from tiny_model import make_model, random_tokens
 
-from vllm_flatquant.calibration import endtoend, steps, train
+from vllm_flatquant.calibration import capture, endtoend, train
 from vllm_flatquant.calibration.block import TrainableBlock
 from vllm_flatquant.calibration.matrices import MATRICES
 from vllm_flatquant.calibration.quantize import make_spec, quantize_block
@@ -120,9 +121,27 @@ def test_matrices_of_every_size_are_captured(kind, shape):
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
 
 
-def test_a_failed_capture_gives_its_memory_back(caplog):
-    """A loss that waits for the GPU cannot be captured: the steps stay eager, and later ones can be captured."""
-    steps._warn.cache_clear()
+def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
+    """A loss that waits for the GPU cannot be captured: the steps stay eager, and later ones can be captured.
+
+    Whose memory it is decides, not how much is unused: a tensor of the eager steps may keep a far larger segment of
+    the common pool (cuBLAS's workspace one of 128 MB).
+    """
+    reserved, original = [], capture.capture
+
+    def watched(*args):
+        reserved.append(torch.cuda.memory_reserved())
+        try:
+            return original(*args)
+        except capture.CaptureError:
+            reserved.append(torch.cuda.memory_reserved())
+            raise
+
+    monkeypatch.setattr(capture, "capture", watched)
+    capture.warn_once.cache_clear()
+    gc.collect()
+    torch.cuda.empty_cache()  # the pools of other tests' graphs
+    others = private_segments()
     count, found = 512, []
     data = torch.randn(6, count, count, device="cuda")
     for waits in (True, False):
@@ -141,10 +160,22 @@ def test_a_failed_capture_gives_its_memory_back(caplog):
         with caplog.at_level(logging.WARNING):
             found.append(torch.stack([trainer.step(x) for x in data]))
         assert (trainer.graph is None) == waits
+        own = {pool: some for pool, some in private_segments().items() if pool not in others}
+        assert waits != bool(own), f"a graph has a pool, and what failed has none: {own}"
         if waits:
             assert "not captured" in caplog.text and "previous error" not in caplog.text
-            trainer.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-            assert unused < 2**26, "the failed capture's pool holds two products at least"
+            before, after = reserved
+            room = (
+                2**21
+            )  # the segment that the graph's random state, which is not in its pool, may be first in
+            assert after <= before + room, f"{before} bytes before the capture, {after} after it"
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
+def private_segments():
+    """(total, allocated) bytes and stream of each segment of the allocator, by the private pool that has it."""
+    pools = {}
+    for s in torch.cuda.memory_snapshot():
+        if (pool := tuple(s["segment_pool_id"])) != (0, 0):
+            pools.setdefault(pool, []).append((s["total_size"], s["allocated_size"], s["stream"]))
+    return pools
