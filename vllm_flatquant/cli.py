@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from . import __version__
 from .commands import COMMANDS, DeviceOption
 
 QUIET = 3.0
@@ -21,6 +22,25 @@ app = typer.Typer(
     rich_markup_mode=None,  # rich takes a default such as [recipe] for a style and drops it
     help="Quantize models with FlatQuant and check the result. Serve one with `vllm serve DIR`.",
 )
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if it is asked for."""
+    if wanted:
+        print(f"vllm-flatquant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="show the version and exit"
+        ),
+    ] = False,
+) -> None:
+    """Options of ``flatquant`` itself."""
 
 
 @app.command()

@@ -94,3 +94,7 @@ def test_stub_gives_the_cpu_build_the_name_that_the_command_wants(tmp_path):
     (found,) = importlib.metadata.distributions(name="vllm", path=[str(tmp_path)])
     assert found.version == "0.32.0+cpu"
     assert all((tmp_path / file).is_file() for file in found.files)
+
+
+def test_version(run):
+    assert run("--version") == (0, f"vllm-flatquant {vllm_flatquant.__version__}\n", "")

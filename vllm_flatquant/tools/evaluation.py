@@ -166,8 +166,8 @@ def result_lines(result: dict[str, Any]) -> list[str]:
     backend = "reference" if result["backend"] == "both" else result["backend"]
     lines = [
         (
-            f"perplexity {result['perplexity']:.4f} over {result['windows']} windows of {result['seq_len']} tokens of "
-            f"{result['data']} ({backend}, {result['dtype']})"
+            f"perplexity {result['perplexity']:.4f} on {result['data']}: {result['windows']} x {result['seq_len']} tokens "
+            f"({backend}, {result['dtype']})"
         )
     ]
     if "served_perplexity" in result:
