@@ -168,6 +168,12 @@ def other_texts(rows: Rows) -> str:
     return "\n".join(lines) + "\n"
 
 
+def latest(rows: Rows) -> Rows:
+    """Of rows of ablation.csv that measured the same, the last."""
+    same = ("model", "variant", "seed", "calib", "samples", "text", "windows")
+    return list({tuple(row[k] for k in same): row for row in rows}.values())
+
+
 def read(name: str) -> Rows:
     """All rows of a file of results."""
     with (RESULTS / f"{name}.csv").open(newline="") as file:
@@ -179,7 +185,7 @@ def comparison_rows() -> dict[str, Rows]:
     rows, models = read("accuracy"), {}
     same = ("model", "config", "seed", "text", "windows")
     there = {tuple(row[k] for k in same) for row in rows}
-    more = [r for r in end_to_end(read("ablation")) if tuple(r[k] for k in same) not in there]
+    more = [r for r in end_to_end(latest(read("ablation"))) if tuple(r[k] for k in same) not in there]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = usual([row for row in rows if row["model"] == model])
         models[model] = own + [row for row in more if row["model"] == model]
@@ -193,7 +199,7 @@ def tables() -> dict[str, str]:
     return {
         "short": in_short(models[large]),
         "comparison": "".join(table(rows) for rows in models.values()),
-        "frontier": frontier(read("ablation"), read("peers")),
+        "frontier": frontier(latest(read("ablation")), read("peers")),
         "peers": beside_peers(models[large], read("peers")),
         "texts": other_texts([row for row in read("accuracy") if row["model"] == large]),
     }

@@ -186,6 +186,15 @@ def test_rows_of_the_end_to_end_table_are_the_recipes():
     assert found == readme.BLOCKS.keys()
 
 
+def test_the_last_of_two_equal_measurements_counts():
+    readme = script(ROOT / ".ci" / "readme_table.py")
+    row = dict.fromkeys(("model", "variant", "seed", "calib", "samples", "text", "windows"), "1")
+    first, other, again = (
+        {**row, "perplexity": p, "seed": s} for p, s in (("5", "1"), ("6", "2"), ("7", "1"))
+    )
+    assert readme.latest([first, other, again]) == [again, other]
+
+
 def test_tables_leave_out_changed_recipes_and_other_calibration_texts():
     readme = script(ROOT / ".ci" / "readme_table.py")
     rows = [{"config": c, "calib": t} for c, t in (("a", "x"), ("b", "x"), ("a", "y"), ("a:lr=1", "x"))]
