@@ -47,7 +47,8 @@ def quantize_with_progress(
         TimeRemainingColumn(),
     )
     start = time.monotonic()
-    kv = "" if recipe.kv == 16 else f" with a {recipe.kv}-bit KV cache"
+    article = "an" if recipe.kv == 8 else "a"
+    kv = "" if recipe.kv == 16 else f" with {article} {recipe.kv}-bit KV cache"
     console.print(
         f"{'going on ' if resume else ''}quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on "
         f"{choose_device(device)}; calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, "
