@@ -136,11 +136,14 @@ class Ahead:
         return Outcome(sum(kind == "compiled" for kind, _, _ in answers), problems)
 
 
+_HELPER = "import sys; sys.path[:] = sys.argv[2:]; __import__(sys.argv[1], fromlist=['main']).main()"
+
+
 def _start() -> "subprocess.Popen[str]":
-    path = os.pathsep.join(filter(None, sys.path))  # vLLM's spawned processes find their modules so, too
+    # Modules come from where this process has them; ``-m`` would look in the working directory first.
     return subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", _HELPER, __name__, *sys.path],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -235,7 +238,3 @@ def main() -> None:
         answers = [pool.submit(compile_variant, line.rstrip("\n")) for line in sys.stdin]
         for answer in answers:
             print(answer.result(), flush=True)
-
-
-if __name__ == "__main__":
-    main()

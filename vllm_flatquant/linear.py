@@ -187,7 +187,8 @@ class FlatQuantLinearMethod(LinearMethodBase):
         shapes = [None if factor is None else tuple(factor.shape) for factor in factors]
         scheme = self._spec.weights.bits, self._spec.activations.bits, self._dtype
         device = next(layer.parameters()).device
-        return (self._shape, *scheme, self._fusion, *shapes, self._bias(layer) is None, device)
+        tokens = tuple(self._runtime.tokens)  # another engine of this process may have more
+        return (self._shape, *scheme, tokens, self._fusion, *shapes, self._bias(layer) is None, device)
 
     def stand_in(self, layer: Any) -> Any:
         """As ``startup.Owner``."""

@@ -88,6 +88,7 @@ class StartUp:
                 owner.run_kernels(layer)
             self._kernels += jit.variants() - before
         if not self._open:
+            self._last = None  # or it would stay in memory
             self._say()
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import time
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,18 @@ def test_workers_fill_the_cache_that_this_process_reads(cache):
     assert load(variants[0])
     workers.submit(variants)  # what is there starts no process
     assert workers._process is None and workers.wait() == ahead.Outcome(0, [])
+
+
+@compiles
+def test_files_in_the_working_directory_are_not_imported(cache, monkeypatch, tmp_path_factory):
+    """A user serves from anywhere, and the names of modules are common names."""
+    folder = tmp_path_factory.mktemp("anywhere")
+    for name in ("json", "torch", "vllm_flatquant"):
+        (folder / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.chdir(folder)
+    workers = ahead.Ahead()
+    workers.submit(collect(1))
+    assert workers.wait() == ahead.Outcome(1, [])
 
 
 @compiles
@@ -205,6 +218,18 @@ def test_what_this_process_had_to_compile_is_said(start):
     assert lines[-2].endswith("s (0 from cache, 1 compiled by this process)")
 
 
+@pytest.mark.parametrize("kind", [None, "b"])
+def test_no_layer_is_kept(start, kind):
+    begun = start[0]
+    for _ in range(2):  # the second time its kernels have run
+        layer = torch.nn.Linear(1, 1)
+        known = weakref.ref(layer)
+        begun.created(Owner(kind), layer)
+        begun.processed(Owner(kind), layer)
+        del layer
+        assert known() is None
+
+
 def test_nothing_is_announced_without_a_gpu(start, monkeypatch):
     begun, submitted, _ = start
     monkeypatch.setattr(startup, "_device", lambda layer: "cpu")
@@ -245,6 +270,22 @@ def test_kernels_run_with_the_bias_that_serving_has(rank, site, used):
     assert (linear.FlatQuantLinearMethod._bias(method, layer) is bias) == used
     layer.skip_bias_add = True
     assert linear.FlatQuantLinearMethod._bias(method, layer) is None
+
+
+def test_more_tokens_are_another_kind():
+    """Of two engines in one process the second may serve more of them, which need other variants."""
+
+    def kind(*tokens):
+        bits = SimpleNamespace(bits=4)
+        method = SimpleNamespace(
+            _runtime=SimpleNamespace(tokens=tokens), _shape=(8, 8), _dtype=torch.bfloat16, _fusion=None,
+            _spec=SimpleNamespace(weights=bits, activations=bits), _bias=lambda layer: None,
+        )  # fmt: skip
+        layer = torch.nn.Linear(8, 8)
+        layer.transform_left = layer.transform_right = layer.transform_clip = None
+        return linear.FlatQuantLinearMethod.kind(method, layer)
+
+    assert kind(1, 512) == kind(1, 512) != kind(1, 512, 8192)
 
 
 def test_listener_leaves_that_of_others_in_place(monkeypatch):
