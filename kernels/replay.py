@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .jit import is_persistent, leading
+from .jit import is_persistent, leading, room
 
 _ALIGN = 256
 _MOST_MAPS = 4096
@@ -62,9 +62,18 @@ class Recorder:
 
     def serves_room(self, results: Sequence[Tensor]) -> bool:
         """Whether the recording is right for any number of tokens that has the same ``jit.room``: every kernel is told the
-        number, and none has a descriptor of an input's rows, of which there are no more than tokens."""
+        number, none has a descriptor of an input's rows, of which there are no more than tokens, and what operators
+        allocate, and have descriptors of, has a row for each that there is room for."""
         spans = [_span(self._inputs[i]) for i in self._moving]
-        return self._tokens > 0 and all(
+        blocks, rows = [_span(block) for block in self._blocks], room(self._tokens)
+        made = [x.shape[0] for x in self._blocks if x.numel()]
+        made += [
+            x.shape[0]
+            for start in self._starts
+            for x in start.args
+            if _is_descriptor(x) and _find(_span(x), blocks)  # type: ignore[arg-type]
+        ]
+        return self._tokens > 0 and min(made, default=rows) >= rows and all(
             start.tokens is not None
             and not any(_is_descriptor(x) and _find(_span(x), spans) for x in start.args)  # type: ignore[arg-type]
             for start in self._starts

@@ -220,9 +220,24 @@ def add_described(a, b, factor):
     return jit.leading(out, t)
 
 
+def add_tight(a, b, factor):
+    out = jit.empty(a.shape, torch.float32, a.device)
+    jit.launch(KERNEL, (1,), out, a, b, a.shape[0], FACTOR=factor)
+    return out
+
+
+def add_described_tight(a, b, factor):
+    """On memory with room for more, a descriptor of no more rows than there are tokens."""
+    t, sums = a.shape[0], add(a, b, factor)
+    out = jit.empty((jit.room(t), 4), torch.float32, a.device)
+    jit.launch(KERNEL, (1,), out, Descriptor(sums), b, t, FACTOR=0)
+    return jit.leading(out, t)
+
+
 @pytest.fixture
 def device(monkeypatch):
-    pretend_device(monkeypatch, add=add, add_described=add_described)
+    operators = add, add_described, add_tight, add_described_tight
+    pretend_device(monkeypatch, **{operator.__name__: operator for operator in operators})
 
 
 IN = [["in", 0], ["in", 1]]
@@ -246,6 +261,16 @@ def test_rows_of_an_input_in_a_descriptor_are_recorded_exactly(device):
     """A bulk load asks for as many rows as the recording says, and there are no more than tokens."""
     made = program(["add_described", [*IN, 3]], results=[["out", 0, None]])
     for tokens in (300, 301, 300, 320, 301):
+        a, b = torch.randn(tokens, 4), torch.randn(tokens, 4)
+        assert torch.equal(made.run([a, b])[0], a + 3 * b)
+    assert made.exact and len(made.recordings) == 3
+
+
+@pytest.mark.parametrize("name", ["add_tight", "add_described_tight"])
+def test_memory_without_room_is_recorded_exactly(device, name):
+    """A kernel would write, or a bulk load leave out, what lies behind."""
+    made = program([name, [*IN, 3]], results=[["out", 0, None]])
+    for tokens in (300, 320, 300, 257):
         a, b = torch.randn(tokens, 4), torch.randn(tokens, 4)
         assert torch.equal(made.run([a, b])[0], a + 3 * b)
     assert made.exact and len(made.recordings) == 3
