@@ -95,7 +95,7 @@ compare: $(STAMP_DEV) ## recipes on one model: perplexity, seconds, memory as CS
 	$(BIN)/python benchmarks/accuracy.py --model $(or $(MODEL),examples/tiny-llama) --calib $(CALIB) $(TEXTS:%=--text %) \
 	  --out $(OUT)/accuracy.csv --table $(OUT)/table.md --plot $(OUT)/perplexity.png $(COMPARE_ARGS)
 
-readme: ## the tables of README.md and docs/recipes.md and docs/perplexity.png, from benchmarks/results and the registry
+readme: ## the tables of README.md, docs/results.md and docs/recipes.md and docs/perplexity.png, from benchmarks/results and the registry
 	$(PYTHON) .ci/readme_table.py
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) .ci/readme_plot.py
 	PYTHONPATH=. $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) .ci/recipes_table.py

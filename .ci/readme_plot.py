@@ -1,4 +1,4 @@
-"""Draw docs/perplexity.png: the table of README.md, on the texts that nothing was chosen by."""
+"""Draw docs/perplexity.png: the recipes of docs/results.md, on the texts that nothing was chosen by."""
 
 import readme_table
 from accuracy_tables import plot

@@ -1,4 +1,4 @@
-"""Rewrite the tables of README.md's results from benchmarks/results/{accuracy,ablation,peers}.csv."""
+"""Rewrite the tables of results in README.md and docs/results.md from benchmarks/results/{accuracy,ablation,peers}.csv."""
 
 import csv
 import json
@@ -12,9 +12,10 @@ from statistics import mean
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
-from accuracy_tables import UNQUANTIZED, Rows, by_config, table
+from accuracy_tables import UNQUANTIZED, Rows, Texts, by_config, table
 
 README = ROOT / "README.md"
+PAGES = (README, ROOT / "docs" / "results.md")
 RESULTS = ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- table (\w+): .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 FINAL = ("wikitext2-test", "python-heldout")
@@ -49,6 +50,21 @@ SHORT = {
     "flatquant-e2e-w4a16": "the same, for models of up to about a billion weights",
 }
 """Recipe -> when to use it, at the top of the page."""
+CHOSEN = {
+    "W4A16": ("flatquant-e2e-w4a16", "flatquant-w4a16", "gptq-w4a16"),
+    "W4A8": ("flatquant-e2e-w4a8", "flatquant-w4a8", "smoothquant-w4a8"),
+    "W4A4": (
+        "flatquant-e2e-w4a4", "flatquant-w4a4", "flatquant-w4a4-gptq", "quarot-w4a4", "spinquant-w4a4",
+    ),
+    "W4A4KV4": (
+        "flatquant-e2e-w4a4kv4", "flatquant-w4a4kv4", "flatquant-w4a4kv4-gptq", "quarot-w4a4kv4", "spinquant-w4a4kv4",
+    ),
+}  # fmt: skip
+"""Bits -> recipes of README.md's comparison, as far as they were measured; docs/results.md has all of them."""
+DECIDING = (
+    "flatquant-e2e-w4a16", "flatquant-w4a16-g128-gptq", "gptq-w4a16-g128", "flatquant-e2e-w4a4", "flatquant-w4a4-gptq",
+)  # fmt: skip
+"""Recipes beside other tools in README.md; docs/results.md has all of them."""
 
 
 def usual(rows: Rows) -> Rows:
@@ -80,6 +96,12 @@ def mean_or_empty(values: Sequence[float]) -> str:
     return f"{mean(values):.3f}" if values else ""
 
 
+def with_losses(found: Texts, original: Texts) -> str:
+    """Cells of the texts ``FINAL``: perplexity, and in brackets how much of it quantization added."""
+    pairs = [(mean(found[text]), mean(original[text])) for text in FINAL]
+    return " | ".join(f"{value:.3f} ({value / before - 1:+.1%})" for value, before in pairs)
+
+
 def in_short(rows: Rows) -> str:
     """The recipes ``SHORT``: perplexity, how much of it quantization added, and when to use each."""
     values = by_config(on(rows, (354, 390)))
@@ -88,9 +110,22 @@ def in_short(rows: Rows) -> str:
     unquantized = " | ".join(mean_or_empty(original[text]) for text in FINAL)
     lines.append(f"| unquantized | {unquantized} | |")
     for name, use in SHORT.items():
-        found = [(mean(values[name][text]), mean(original[text])) for text in FINAL]
-        cells = " | ".join(f"{value:.3f} ({value / before - 1:+.1%})" for value, before in found)
-        lines.append(f"| `{name}` | {cells} | {use} |")
+        lines.append(f"| `{name}` | {with_losses(values[name], original)} | {use} |")
+    return "\n".join(lines) + "\n"
+
+
+def chosen(rows: Rows) -> str:
+    """Of the recipes ``CHOSEN`` those that were measured, by bits, the lowest perplexity first."""
+    values = by_config(on(rows, (354, 390)))
+    original = values[UNQUANTIZED]
+    lines = [f"| | recipe | {' | '.join(FINAL)} | seeds |", "|---|---|---|---|---|"]
+    unquantized = " | ".join(mean_or_empty(original[text]) for text in FINAL)
+    lines.append(f"| | unquantized | {unquantized} | |")
+    for bits, names in CHOSEN.items():
+        known = [name for name in names if name in values]
+        for name in sorted(known, key=lambda n: mean(log(mean(values[n][t])) for t in FINAL)):
+            cells, seeds = with_losses(values[name], original), len(values[name][FINAL[0]])
+            lines.append(f"| {bits} | `{name}` | {cells} | {seeds} |")
     return "\n".join(lines) + "\n"
 
 
@@ -193,13 +228,17 @@ def comparison_rows() -> dict[str, Rows]:
 
 
 def tables() -> dict[str, str]:
-    """Name in README.md -> table."""
+    """Name in a page -> table."""
     models = comparison_rows()
     large = next(iter(models))
     return {
         "short": in_short(models[large]),
+        "chosen": chosen(models[large]),
         "comparison": "".join(table(rows) for rows in models.values()),
         "frontier": frontier(latest(read("ablation")), read("peers")),
+        "deciding": beside_peers(
+            [r for r in models[large] if r["config"] in (UNQUANTIZED, *DECIDING)], read("peers")
+        ),
         "peers": beside_peers(models[large], read("peers")),
         "texts": other_texts([row for row in read("accuracy") if row["model"] == large]),
     }
@@ -212,4 +251,5 @@ def with_tables(page: str) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")

@@ -164,13 +164,26 @@ def test_bits_of_a_row_are_its_recipe_s_not_its_name_s():
     assert bits_of({"config": "unquantized", "settings": "null"}) is None
 
 
-def test_readme_has_the_tables_of_the_results():
+def test_pages_have_the_tables_of_the_results():
+    readme, shown = script(ROOT / ".ci" / "readme_table.py"), []
+    for file in readme.PAGES:
+        page = file.read_text(encoding="utf-8")
+        shown += [m[2] for m in readme.BLOCK.finditer(page)]
+        assert page == readme.with_tables(page), (
+            f"{file.name} is older than benchmarks/results: run make readme"
+        )
+    assert sorted(shown) == sorted(readme.tables())
+
+
+def test_short_tables_are_of_recipes_and_leave_nothing_measured_out():
     readme = script(ROOT / ".ci" / "readme_table.py")
-    page = readme.README.read_text(encoding="utf-8")
-    assert {m[2] for m in readme.BLOCK.finditer(page)} == readme.tables().keys()
-    assert page == readme.with_tables(page), (
-        "README.md is older than benchmarks/results: run make readme"
-    )
+    assert {*readme.SHORT, *readme.DECIDING} <= RECIPES.keys()
+    rows, named = readme.comparison_rows()["llama-12m"], sum(readme.CHOSEN.values(), ())
+    measured = {row["config"] for row in rows} & {*named}
+    table = readme.chosen(rows)
+    assert {name for name in named if f"| `{name}` |" in table} == measured
+    assert len(table.splitlines()) == 3 + len(measured) and len(measured) >= 10
+    assert all(f"`{name}`" in readme.tables()["deciding"] for name in readme.DECIDING)
 
 
 def test_rows_of_the_end_to_end_table_are_the_recipes():
