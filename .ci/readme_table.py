@@ -30,6 +30,7 @@ BLOCKS = {
     "flatquant-e2e-w4a16": 'w4a16,epochs=5,diag_rows="normalized"',
     "flatquant-e2e-w4a4": 'w4a4,rounding="gptq",epochs=5,diag_rows="normalized"',
     "flatquant-e2e-w4a4kv4": 'w4a4,kv=4,rounding="gptq",epochs=5,diag_rows="normalized"',
+    "flatquant-e2e-w4a8": 'w4a8,rounding="gptq",epochs=5,diag_rows="normalized"',
 }
 """Recipe -> its stage block by block as ablation.csv writes it; ``LAST_STAGE`` follows."""
 SIZES = {"samples": 128, "seq_len": 1024, "epochs": 5}

@@ -78,6 +78,10 @@ END_TO_ENDS: dict[str, NamedRecipe] = {
     "flatquant-e2e-w4a4kv4": NamedRecipe(
         "as flatquant-e2e-w4a4 with a 4-bit KV cache", {**END_TO_END, "rounding": "gptq", "kv": 4}
     ),
+    "flatquant-e2e-w4a8": NamedRecipe(
+        "as flatquant-e2e-w4a4 with 8-bit activations",
+        {**END_TO_END, "rounding": "gptq", "scheme": "w4a8"},
+    ),
     "flatquant-e2e-w4a16": NamedRecipe(
         "as flatquant-w4a16, then all of it trained on the logits (the whole model in memory)",
         {**END_TO_END, "scheme": "w4a16"},
