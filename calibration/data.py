@@ -122,6 +122,12 @@ def read_text(path: Path) -> str:
         ) from None
 
 
+def check_not_empty(text: str, name: str) -> None:
+    """UserError if ``text`` is blank, whatever tokens a tokenizer adds to it. name: of its file or dataset."""
+    if not text.strip():
+        raise UserError(f"{name} is empty; give a text to measure on")
+
+
 def jsonl_texts(path: Path, lines: Iterable[str]) -> Iterator[str]:
     """The ``text`` field of each line."""
     for number, line in enumerate(lines, 1):
@@ -219,7 +225,8 @@ def evaluation_tokens(model: Path, text: str | None, tokens: str | None, dataset
         if not path.is_file():
             raise UserError(f"text file {text} does not exist; check the path")
         body = read_text(path)
-    tokenizer = load_tokenizer(model)
     if dataset:
         body = "\n\n".join(dataset_texts(str(dataset)))
+    check_not_empty(body, str(text or dataset))
+    tokenizer = load_tokenizer(model)
     return torch.tensor(tokenizer(body, verbose=False)["input_ids"], dtype=torch.int64)

@@ -5,7 +5,6 @@ on all rows (gradients, losses, channel maxima, Hessians) is reduced, and all pr
 The first process alone prints, locks and commits. With one process every function here does nothing.
 """
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
+from .launch import Stopped, is_writer, launched, rank, world  # noqa: F401 - asked beside the functions here
 from .recipe import Recipe
 
 TIMEOUT = timedelta(hours=12)
@@ -22,35 +22,11 @@ TIMEOUT = timedelta(hours=12)
 ``torchrun`` ends them all as soon as one fails."""
 
 
-class Stopped(UserError):
-    """Another process of this run is gone; that one has said why."""
-
-
-def _launched(name: str, otherwise: int) -> int:
-    """A number that torchrun gives to its processes; ``otherwise`` in a process that it did not start."""
-    return int(os.environ[name]) if dist.is_torchelastic_launched() else otherwise
-
-
-def rank() -> int:
-    """Number of this process, from 0."""
-    return _launched("RANK", 0)
-
-
-def world() -> int:
-    """Number of processes."""
-    return _launched("WORLD_SIZE", 1)
-
-
-def is_writer() -> bool:
-    """Whether this is the process that prints and writes."""
-    return rank() == 0
-
-
 def own_device(device: torch.device) -> torch.device:
     """``cuda`` as the GPU of this process; UserError if there are fewer GPUs than processes."""
     if device.type != "cuda" or world() == 1:
         return device
-    local, have = _launched("LOCAL_RANK", 0), torch.cuda.device_count()
+    local, have = launched("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= have:
         raise UserError(
             f"torchrun started {world()} processes and this machine has {have} usable GPUs; use --nproc-per-node {have}"
@@ -65,7 +41,7 @@ def share(recipe: Recipe) -> Recipe:
     count = world()
     if count == 1:
         return recipe
-    if _launched("LOCAL_WORLD_SIZE", 1) != count:
+    if launched("LOCAL_WORLD_SIZE", 1) != count:
         raise UserError("torchrun started processes on several machines; use one machine (--nnodes 1)")
     for name, ends in (("batch_size", "in a recipe file"), ("samples", "with --samples")):
         number = getattr(recipe, name)

@@ -140,9 +140,10 @@ def _ignore(*_: object) -> None: ...
 class Callbacks:
     """What a run tells while it works.
 
-    progress: of the stage ``check`` (of the weight files), ``quantize`` or ``distill``, the finished fraction.
+    accepted: model, recipe and text passed the checks that need no weights. progress: of the stage ``check`` (of the weight files), ``quantize`` or ``distill``, the finished fraction.
     """
 
+    accepted: Callable[[], None] = _ignore
     block: Callable[[BlockReport], None] = _ignore
     progress: Callable[[str, float], None] = _ignore
     note: Callable[[str], None] = _ignore
@@ -175,6 +176,7 @@ def quantize(
     else:
         check_out(out, overwrite)
     source, spec, tokens = check_inputs(model, out, recipe, calib, where, overwrite or resume)
+    tell.accepted()
     with parallel.group(where), Staging(out) as staging, explained(out, staging):
         if parallel.is_writer():
             run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)

@@ -6,6 +6,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -72,6 +73,13 @@ def serve_options() -> list[str]:
     return [*options, "--enforce-eager"] if "cpu" in version("vllm") else options
 
 
+def again(out: Path) -> list[str]:
+    """Commands that a user's own shell needs to serve ``out``."""
+    activate = BIN / "activate"
+    enter = [f"source {os.path.relpath(activate)}"] if activate.exists() else []
+    return [*enter, shlex.join(["vllm", "serve", str(out), *serve_options()])]
+
+
 def ask(address: str) -> None:
     """One completion and one streamed chat completion through the `openai` client."""
     client = OpenAI(base_url=f"{address}/v1", api_key="none", timeout=120, max_retries=0)
@@ -128,7 +136,10 @@ def main() -> None:
             ask(server.address)
     except RuntimeError as error:
         sys.exit(f"quick start: {error}")
-    print(f"\n== Done in {time.monotonic() - started:.0f} s; the checkpoint is in {args.out}")
+    print(
+        f"\n== Done in {time.monotonic() - started:.0f} s; the checkpoint is in {args.out}. To serve it again:"
+    )
+    print("\n".join(again(args.out)))
 
 
 if __name__ == "__main__":

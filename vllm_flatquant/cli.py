@@ -102,20 +102,17 @@ def quantize(
     ] = False,
 ) -> None:
     """Turn a model into a quantized checkpoint, block by block."""
-    from .calibration import parallel
+    from .calibration import launch
     from .calibration.errors import UserError
-    from .calibration.fingerprint import interrupted_run
     from .calibration.recipe import PRESETS, make_recipe
     from .calibration.recipes import DEFAULT, choose_recipe, preset_settings
-    from .tools.progress import quantize_with_progress, what_is_kept
 
-    if not parallel.is_writer():
+    if not launch.is_writer():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
-    if dry_run and parallel.world() > 1:
+    if dry_run and launch.world() > 1:
         raise UserError("--dry-run plans a run of one process; start it without torchrun")
     if preset not in (None, *PRESETS):
         raise UserError(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
-    before = interrupted_run(out.resolve()) if resume else None
     given = {
         "scheme": scheme.lower() if scheme else None,
         "kv": kv,
@@ -130,22 +127,29 @@ def quantize(
     }
     reduced = preset_settings(preset, recipe or DEFAULT) if preset else {}
     changed = {**reduced, **{k: v for k, v in given.items() if v is not None}}
-    if before and recipe is None:
-        settings = make_recipe(**{**before.recipe.model_dump(), **changed})
-    else:
+    if not resume or recipe is not None:
         chosen = choose_recipe(recipe or DEFAULT, **changed)
         settings, calib = chosen.recipe, calib or chosen.calib
-    if before:
+    if resume:
+        from .calibration.fingerprint import interrupted_run
+
+        before = interrupted_run(out.resolve())
+        if recipe is None:
+            settings = make_recipe(**{**before.recipe.model_dump(), **changed})
         model, calib = model or before.model, calib or before.calib
         device = before.device if device == "auto" else device
     if model is None:
         raise UserError(
             "Missing argument 'MODEL': the folder or Hugging Face name of the unquantized model"
         )
+    # Only now: torch and Transformers take seconds, which nobody should wait for a mistyped name.
+    from .tools.progress import quantize_with_progress, what_is_kept
+
     if preset == "quick":
+        epochs_too = f" and {settings.epochs} epochs" if settings.epochs else ""
         print(
-            f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens and "
-            f"{settings.epochs} epochs; use --preset default for accuracy"
+            f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens{epochs_too}; "
+            "use --preset default for accuracy"
         )
     if dry_run:
         from .tools.planning import print_plan
@@ -155,7 +159,7 @@ def quantize(
     try:
         quantize_with_progress(model, out, settings, calib or "stdlib", device, overwrite, resume)
     except (KeyboardInterrupt, SystemExit) as stop:
-        if parallel.is_writer():
+        if launch.is_writer():
             print(f"flatquant: interrupted; {what_is_kept(out)}", file=sys.stderr)
         raise SystemExit(130 if isinstance(stop, KeyboardInterrupt) else stop.code) from None
 
@@ -173,10 +177,10 @@ def fail(message: str) -> NoReturn:
 def leave_to_others(error: Exception) -> None:
     """In a process of torchrun: wait for the one whose sentence says more, as torchrun then ends this one. The
     first process speaks for all that fail alike, and all speak before those that only saw another stop."""
-    from .calibration import parallel
+    from .calibration import launch
 
-    stopped = isinstance(error, parallel.Stopped)
-    if parallel.world() > 1 and (stopped or not parallel.is_writer()):
+    stopped = isinstance(error, launch.Stopped)
+    if launch.world() > 1 and (stopped or not launch.is_writer()):
         time.sleep(2 * QUIET if stopped else QUIET)
 
 

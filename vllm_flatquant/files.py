@@ -131,9 +131,12 @@ def check_not_foreign(folder: Path, hf_config: Any) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """What ``error`` says, cut to what fits into a sentence."""
-    lines = str(error).strip().splitlines()
-    return shown(lines[0], 200) if lines else type(error).__name__
+    """What ``error`` says, cut to what fits into a sentence: its first line, and all that follows one that ends in
+    a colon."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return shown(" ".join(lines) if lines[0].endswith(":") else lines[0], 200)
 
 
 def check_sizes(config: Mapping[str, Any], required: Collection[str] = ()) -> None:

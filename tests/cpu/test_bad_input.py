@@ -17,6 +17,7 @@ from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import Callbacks, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.files import first_line
 
 
 @pytest.fixture
@@ -72,6 +73,44 @@ def test_damaged_config(refuses, model, content):
 def test_unsupported_architecture(refuses, model, model_type):
     edit_config(model, model_type=model_type)
     refuses(f"'{model_type}'", "llama, mistral, qwen2, qwen3")
+
+
+def test_nothing_is_announced_that_is_refused(run, model, calib, tmp_path):
+    words = ("quantize", model, "--out", tmp_path / "out", "--calib", calib, "--device", "cpu")
+    words = (*words, "--samples", 4, "--seq-len", 24, "--epochs", 0)
+    status, out, err = run(*words)
+    assert (status, out.count(f"quantizing {model} to w4a4, RTN, on cpu; ")) == (0, 1), err
+    edit_config(model, model_type="mixtral")
+    status, out, err = run(*words, "--overwrite")
+    assert (status, out) == (1, "") and "mixtral" in err
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules.update(torch=None, transformers=None)  # importing them fails
+from vllm_flatquant import cli
+sys.argv = ["flatquant", "quantize", "M", "--out", "no/o", *sys.argv[1:]]
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--scheme", "w4a5"), "scheme='w4a5': unknown"),
+        (("--recipe", "quaro-w4a4"), "did you mean quarot-w4a4"),
+        (("--recipe", "bad.yaml", "--preset", "quick"), "epoch=5: a recipe has no such setting"),
+        (("--preset", "slow"), "preset 'slow' is unknown"),
+        (("--recipe", "flatquant-w4a8", "--rounding", "gptw", "--resume"), "rounding='gptw'"),
+    ],
+)
+def test_names_are_checked_before_torch_is_imported(tmp_path, options, said):
+    (tmp_path / "bad.yaml").write_text("epoch: 5\n")
+    command = [sys.executable, "-c", WITHOUT_TORCH, *options]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("flatquant: ") and said in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_already_quantized_model(refuses, model):
@@ -229,7 +268,20 @@ def test_bad_jsonl_line(refuses, model, tmp_path, line):
 def test_no_tokenizer(refuses, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("def f(): pass\n" * 100)
-    refuses("no usable tokenizer", tokens=file)
+    refuses("no usable tokenizer", "from one of: (1) a", "add its tokenizer files", tokens=file)
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("", "ValueError"),
+        ("damaged\nat line 3", "damaged"),
+        ("one of: \n(1) this \n(2) that", "one of: (1) this (2) that"),
+        ("x:\n" + "y" * 300, "x: " + "y" * 197 + "..."),
+    ],
+)
+def test_what_an_error_says_in_a_sentence(message, said):
+    assert first_line(ValueError(message)) == said
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from test_recipes import script
 
 CLIENT = Path(__file__).resolve().parents[2] / "examples" / "client.py"
+
+
+def test_quickstart_ends_with_commands_for_a_shell_of_one_s_own(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(CLIENT.parent))
+    quickstart = script(CLIENT.parent / "quickstart.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "BIN", tmp_path / ".venv" / "bin")
+    serve = quickstart.again(Path("my out"))
+    assert len(serve) == 1 and serve[0].startswith("vllm serve 'my out' --quantization flatquant")
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    assert quickstart.again(Path("my out")) == ["source .venv/bin/activate", *serve]
 
 
 class Handler(BaseHTTPRequestHandler):

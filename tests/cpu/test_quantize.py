@@ -17,7 +17,7 @@ from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.spec import parse_spec
 from vllm_flatquant.tools.inspection import inspect_folder, verify_folder
-from vllm_flatquant.tools.progress import block_line
+from vllm_flatquant.tools.progress import block_line, calibration, described
 
 SMALL = {"samples": 4, "seq_len": 24, "epochs": 2, "batch_size": 2}
 
@@ -204,15 +204,29 @@ def test_all_zero_rows_duplicated_channels_and_outliers(tmp_path, calib, dtype):
         assert error(model, out) < 1
 
 
+@pytest.mark.parametrize(("losses", "words"), [([1.0], "untrained"), ([], "at the start")])
 @pytest.mark.parametrize(("after", "said"), [(0.9, False), (2.0, True), (float("nan"), True)])
-def test_a_block_that_got_worse_is_said(after, said):
+def test_a_block_that_got_worse_is_said(after, said, losses, words):
     report = SimpleNamespace(
         block=0,
         blocks=2,
         error_before=1.0,
         error_after=after,
+        epoch_losses=losses,
         seconds=1.0,
         peak_memory_gb=1.0,
         skipped_steps=0,
     )
-    assert ("worse than untrained" in block_line(report)) == said
+    assert (f"worse than {words}" in block_line(report)) == said
+    assert f"mean squared error 1.00e+00 -> {after:.2e}" in block_line(report)
+
+
+def test_the_first_line_says_what_is_made():
+    plain = make_recipe(epochs=0, rounding="gptq", samples=2, seq_len=8)
+    assert described(plain) == "w4a4, GPTQ"
+    assert calibration(plain, "x.txt") == "calibrating on 2 x 8 tokens of x.txt"
+    all_of_it = make_recipe(scheme="w4a16", kv=8, lm_head=8, group_size=128, distill_epochs=3)
+    assert described(all_of_it) == (
+        "w4a16 with a scale for every 128 weights, an 8-bit KV cache, an 8-bit output head, RTN"
+    )
+    assert calibration(all_of_it, "y").endswith("2048 tokens of y, 15 epochs, 3 end to end")

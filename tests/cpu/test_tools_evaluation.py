@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard
 from tiny_model import edit_config, edit_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
 from vllm_flatquant.tools.evaluation import default_dtype
@@ -52,6 +53,14 @@ def test_wikitext2_is_rows_joined_by_blank_lines(wiki):
     shorter = evaluation_windows(TINY, "wikitext2", str(wiki), None, None, 100, 3)
     assert shorter.name == "wikitext2 (windows of 100, the first 3 windows)"
     assert shorter.rows.flatten().tolist() == ids[:300]
+
+
+@pytest.mark.parametrize("protocol", ["plain", "wikitext2"])
+def test_an_empty_text_is_called_empty(tmp_path, protocol):
+    file = tmp_path / "text.txt"
+    file.write_text(" \n\n")
+    with pytest.raises(UserError, match=r"text\.txt is empty; give a text"):
+        evaluation_windows(TINY, protocol, str(file), None, None, None, None)
 
 
 def test_c4_new_is_1100_documents_joined_by_spaces_and_256_windows(tmp_path):

@@ -15,7 +15,7 @@ from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.choice import kernel_name, suitable_scheme
 from vllm_flatquant.kernels.pack import pack_codes, unpack_codes
 from vllm_flatquant.tools.diff import over_blocks
-from vllm_flatquant.tools.inspection import BFLOAT16, FLOAT32, check_logits
+from vllm_flatquant.tools.inspection import BFLOAT16, FLOAT32, _error_lines, check_logits
 
 ROOT = Path(__file__).parents[2]
 BLOCKED = """
@@ -72,6 +72,11 @@ def test_inspect_tells_sizes_errors_and_the_machine(run, checkpoints):
     assert [e["error_after"] for e in found["errors"]] == [e["error_after"] for e in log]
     assert (found["here"]["backend"], found["scheme"]) == ("torch", "w4a4")
     assert f"block 1    {log[1]['error_before']:.2e} before training" in out
+
+
+def test_where_nothing_was_trained_the_first_error_is_that_at_the_start():
+    report = {"block": 0, "error_before": 2.0, "error_after": 1.0, "trained": False}
+    assert "2.00e+00 at the start, 1.00e+00 finished  (-50%)" in _error_lines([report])[1]
 
 
 def test_inspect_without_a_log_or_with_a_damaged_one(run, checkpoints, tmp_path):

@@ -114,6 +114,13 @@ def test_lines_show_what_was_measured(made):
     assert len(loss_figure(many, "x").axes) == 2  # a colour bar instead of names
 
 
+@pytest.mark.parametrize(("losses", "start"), [([], "at the start"), ([1.0], "before training")])
+def test_where_nothing_was_trained_the_first_error_is_that_at_the_start(losses, start):
+    log = [{"block": 0, "error_before": 2.0, "error_after": 1.0, "epoch_losses": losses}]
+    legend = error_figure(log, "x").axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [start, "finished"]
+
+
 def test_every_figure_is_a_png_and_an_svg_with_text(run, made, tmp_path):
     out = tmp_path / "plots"
     status, printed, err = run(

@@ -75,6 +75,7 @@ def describe_folder(folder: str) -> dict[str, Any]:
         "spec": spec.model_dump(),
         "errors": [
             {k: report.get(k) for k in ("block", "error_before", "error_after")}
+            | {"trained": bool(report.get("epoch_losses"))}
             for report in calibration_log(path)
         ],
         "here": {
@@ -178,10 +179,9 @@ def _error_lines(errors: list[dict[str, Any]]) -> list[str]:
     for report in errors:
         before, after = report["error_before"], report["error_after"]
         known = isinstance(before, float) and isinstance(after, float) and before > 0
+        start = "before training" if report["trained"] else "at the start"
         share = f"  ({100 * (after / before - 1):+.0f}%)" if known else ""
-        numbers = (
-            f"{before:.2e} before training, {after:.2e} finished{share}" if known else "not recorded"
-        )
+        numbers = f"{before:.2e} {start}, {after:.2e} finished{share}" if known else "not recorded"
         lines.append(f"  block {report['block']:<4} {numbers}")
     return lines
 

@@ -232,12 +232,13 @@ def peak_figure(before: Measured, after: Measured, name: str) -> Any:
 
 
 def error_figure(log: list[dict[str, Any]], name: str) -> Any:
-    """Each block's error before and after training."""
+    """Each block's error before and after training, or where nothing was trained at the start and finished."""
+    start = "before training" if any(report.get("epoch_losses") for report in log) else "at the start"
     figure, axes = new_figure(1, 1, 6, 3.2)
     ax = axes[0, 0]
     blocks = [report["block"] for report in log]
     for key, colour, style, marker, label in (
-        ("error_before", BEFORE, (0, (4, 1.5)), "s", "before training"),
+        ("error_before", BEFORE, (0, (4, 1.5)), "s", start),
         ("error_after", AFTER, "solid", "o", "finished"),
     ):
         values = [report.get(key) or torch.nan for report in log]

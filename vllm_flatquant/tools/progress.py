@@ -47,13 +47,6 @@ def quantize_with_progress(
         TimeRemainingColumn(),
     )
     start = time.monotonic()
-    article = "an" if recipe.kv == 8 else "a"
-    kv = "" if recipe.kv == 16 else f" with {article} {recipe.kv}-bit KV cache"
-    console.print(
-        f"{'going on ' if resume else ''}quantizing {model} to {recipe.scheme}{kv}, {recipe.rounding.upper()}, on "
-        f"{choose_device(device)}; calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}, "
-        f"{recipe.epochs} epochs" + (f", {parallel.world()} processes" if parallel.world() > 1 else "")
-    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         tasks: dict[str, TaskID] = {}
 
@@ -63,6 +56,10 @@ def quantize_with_progress(
             progress.update(tasks[stage], completed=done)
 
         callbacks = Callbacks(
+            accepted=lambda: console.print(
+                f"{'going on ' if resume else ''}quantizing {model} to {described(recipe)}, on {choose_device(device)}; "
+                f"{calibration(recipe, calib)}"
+            ),
             block=lambda report: console.print(block_line(report)),
             progress=on_progress,
             note=lambda sentence: console.print(f"note: {sentence}"),
@@ -72,16 +69,39 @@ def quantize_with_progress(
     return path
 
 
+def described(recipe: Recipe) -> str:
+    """``w4a16 with a scale for every 128 weights, a 4-bit KV cache, GPTQ``"""
+    extras = [f"a scale for every {recipe.group_size} weights"] if recipe.group_size else []
+    for bits, part in ((recipe.kv, "KV cache"), (recipe.lm_head, "output head")):
+        if bits < 16:
+            extras.append(f"{'an' if bits == 8 else 'a'} {bits}-bit {part}")
+    also = f" with {', '.join(extras)}" if extras else ""
+    return f"{recipe.scheme}{also}, {recipe.rounding.upper()}"
+
+
+def calibration(recipe: Recipe, calib: str) -> str:
+    """``calibrating on 128 x 2048 tokens of stdlib, 15 epochs``"""
+    parts = [f"calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}"]
+    parts += [f"{recipe.epochs} epochs"] if recipe.epochs else []
+    parts += [f"{recipe.distill_epochs} end to end"] if recipe.distill_epochs else []
+    parts += [f"{parallel.world()} processes"] if parallel.world() > 1 else []
+    return ", ".join(parts)
+
+
 WORSE = 1.5
-"""A finished block whose error is so many times the untrained one's is called worse; rounding alone can add some."""
+"""A finished block whose error is so many times that at the start is called worse; rounding alone can add some."""
 
 
 def block_line(report: BlockReport) -> str:
-    """``block 3/32  error 3.1e-04 -> 8.2e-05  41 s  peak 11.3 GB``"""
+    """``block 3/32  mean squared error 3.1e-04 -> 8.2e-05  41 s  peak 11.3 GB``"""
     extra = f"  {report.skipped_steps} steps skipped" if report.skipped_steps else ""
     if not report.error_after < WORSE * report.error_before:
-        extra += "  worse than untrained: choose a smaller learning rate"
+        extra += "  worse than " + (
+            "untrained: choose a smaller learning rate"
+            if report.epoch_losses
+            else "at the start: choose another rounding"
+        )
     return (
-        f"block {report.block + 1}/{report.blocks}  error {report.error_before:.2e} -> "
+        f"block {report.block + 1}/{report.blocks}  mean squared error {report.error_before:.2e} -> "
         f"{report.error_after:.2e}  {report.seconds:.1f} s  peak {report.peak_memory_gb:.1f} GB{extra}"
     )

@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..calibration.data import dataset_texts, evaluation_tokens, jsonl_texts, load_tokenizer, read_text
+from ..calibration.data import (
+    check_not_empty,
+    dataset_texts,
+    evaluation_tokens,
+    jsonl_texts,
+    load_tokenizer,
+    read_text,
+)
 from ..calibration.errors import UserError
 from ..calibration.evaluate import windows
 
@@ -102,6 +109,7 @@ def evaluation_windows(
         raise UserError("give --text or --dataset, not both")
     rules = PROTOCOLS[protocol]
     documents = list(itertools.islice(_documents(rules, text, dataset), rules.documents))
+    check_not_empty("".join(documents), text or dataset or rules.dataset)
     if rules.documents and len(documents) < rules.documents:
         raise UserError(
             f"protocol {protocol} takes the first {rules.documents} documents, and {text or dataset} has "
