@@ -171,14 +171,14 @@ def inputs(t: int, k: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def same(got: tuple[torch.Tensor, ...], want: tuple[torch.Tensor, ...]) -> None:
-    """Scales within 1e-3 but for rare rows, which stay within 2^-8; codes at most 1 apart, on at most 0.1%.
+    """Scales within 1e-3 but for rare rows, which stay within 2^-7; codes at most 1 apart, on at most 0.1%.
 
     Tensor cores add in another order than the reference, so now and then an element of X R falls on the
-    other side of a bf16 rounding, a step of 2^-8. Where the largest output hangs on that one element
+    other side of a bf16 rounding, a step of 2^-8 to 2^-7 of its size. Where the largest output hangs on that one element
     (an outlier's row) the scale moves as far. One row of a call, or 0.1% of them, may.
     """
     error = ((got[1] - want[1]).abs() / want[1]).amax(dim=1)
-    assert error.max() <= 2**-8, f"a scale is {error.max():.2e} off"
+    assert error.max() <= 2**-7, f"a scale is {error.max():.2e} off"
     assert int((error > 1e-3).sum()) <= max(1, len(error) // 1000), error.topk(min(5, len(error))).values
     difference = (got[0].int() - want[0].int()).abs()
     assert difference.max() <= 1
