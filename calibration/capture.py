@@ -22,6 +22,25 @@ _open: list[torch.cuda.CUDAGraph] = []
 """Graphs whose capture could not be ended: the allocator of pinned memory will go on asking them."""
 
 
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which everything on a GPU is captured, and runs before that.
+
+    One for the whole process: cuBLAS keeps a workspace (32 MiB on Hopper) for each stream and thread that it was
+    used in, so with a stream for each block a run would grow by two of them for each block.
+    """
+    return _stream(_index(device))
+
+
+@cache
+def _stream(index: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(index)
+
+
+def _index(device: torch.device) -> int:
+    """Of the GPU."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 class CaptureError(RuntimeError):
     """A function cannot be captured; nothing is left of the attempt."""
 
@@ -57,11 +76,17 @@ def capture(
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """A graph of ``function``, captured on ``stream``, and the tensor it returned, which each replay writes.
 
-    Raises CaptureError, after ``drop`` has let go of what the function had stored and the memory is free again.
+    ``function`` must not draw random numbers: its replays would draw some that are drawn outside too. Raises
+    CaptureError, after ``drop`` has let go of what the function had stored and the memory is free again.
     """
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     before = torch.cuda.current_stream(device)
-    result = None
+    index, result = _index(device), None
+    # PyTorch 2.11 lets nobody draw from a random state any more, nor replay a graph that has it, if a capture that
+    # has it could not be ended. So each capture has a copy.
+    generator = torch.cuda.default_generators[index]
+    random_state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(generator.clone_state())
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = function()
@@ -70,11 +95,12 @@ def capture(
         # What happened inside, before the capture could not be ended either. No name may keep that: its traceback
         # holds the tensors of the function.
         why = str(error.__context__ or error).partition("\n")[0]
+    finally:
+        generator.graphsafe_set_state(random_state)
     torch.cuda.set_stream(before)  # torch.cuda.graph leaves its own behind if it cannot end the capture
     result = None
     drop()
     gc.collect()
-    index = torch.cuda.current_device() if device.index is None else device.index
     with suppress(RuntimeError):
         torch.cuda.synchronize(device)
     if not _has_ended(graph):
@@ -140,7 +166,7 @@ class Repeated:
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls == 2 and wanted(self.device):
-            stream = torch.cuda.Stream(self.device)
+            stream = side_stream(self.device)
             try:
                 self.recording = Recording(self.function, inputs, lambda: None, self.device, stream)
             except CaptureError as error:

@@ -280,6 +280,7 @@ def run_stages(
                 source, i, own, spec, x, x_q, kwargs[i], device, folder
             )
             save_block(folder, source.block_prefix(i), x, x_q, tensors, report)
+            del tensors  # not beside the next block
         drop_streams(staging.folder / streams_stage(i))
         tell.block(report)
         tell.progress("quantize", (i + 1) / blocks)

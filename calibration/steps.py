@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .capture import CaptureError, Recording, missing_memory, wanted, warn_once
+from .capture import CaptureError, Recording, missing_memory, side_stream, wanted, warn_once
 from .precision import products
 
 EAGER_STEPS = 3
@@ -86,7 +86,7 @@ class Steps:
         self.skipped = torch.zeros((), device=device)
         self.count = 0
         self.wanted = graph and wanted(device)
-        self.side = torch.cuda.Stream(device) if self.wanted else None
+        self.side = side_stream(device) if self.wanted else None
         self.graph: Recording | None = None
 
     def step(self, *inputs: Tensor) -> Tensor:

@@ -175,11 +175,30 @@ class Stream:
         pass
 
 
+class Generator:
+    """As far as a capture needs a GPU's."""
+
+    def __init__(self):
+        self.state = {"seed": 5, "capturing": False}
+
+    def graphsafe_get_state(self):
+        return self.state
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+    def clone_state(self):
+        return dict(self.state)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     """Enough of a GPU for captures that run what they should record and then cannot end. calls: of the allocator,
-    each with what ``alive()`` says then. stream: the current one."""
-    made = SimpleNamespace(calls=[], alive=lambda: False, stream=Stream(), ended=False)
+    each with what ``alive()`` says then. stream: the current one. random: the generator, whose state at the time a
+    capture spoils."""
+    made = SimpleNamespace(
+        calls=[], alive=lambda: False, stream=Stream(), ended=False, random=Generator()
+    )
 
     class Graph:
         def pool(self):
@@ -189,6 +208,7 @@ def gpu(monkeypatch):
     @contextmanager
     def graph(given, pool, stream):
         made.stream = stream
+        made.random.state["capturing"] = True
         try:
             yield
         finally:
@@ -207,6 +227,7 @@ def gpu(monkeypatch):
         "current_device": lambda: 3,
         "synchronize": lambda device=None: None,
         "empty_cache": note("empty"),
+        "default_generators": {3: made.random},
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", note("end"), raising=False)
@@ -233,7 +254,7 @@ def test_a_failed_capture_gives_its_memory_back(gpu, monkeypatch, caplog, fails,
         return y.square().mean()
 
     gpu.alive = lambda: seen[3]() is not None or p.grad is not None
-    main = gpu.stream
+    main, random_state = gpu.stream, gpu.random.state
     trainer = steps.Steps(loss, [{"params": [p], "lr": 0.1}], lambda _: 1.0, CPU)
     expected = steps.Steps(
         lambda x: (x @ twin).square().mean(), [{"params": [twin], "lr": 0.1}], lambda _: 1.0, CPU
@@ -248,6 +269,7 @@ def test_a_failed_capture_gives_its_memory_back(gpu, monkeypatch, caplog, fails,
     closed = [] if ended else [("end", 3, (0, 7), False), ("release", 3, (0, 7), False)]
     assert gpu.calls == [*closed, ("empty", False)], "nothing was alive when it was given back"
     assert gpu.stream is main
+    assert gpu.random.state is random_state and random_state == {"seed": 5, "capturing": False}
     assert trainer.graph is None and not trainer.wanted
     assert len(seen) == 7, "one capture was tried"
     cause = (
@@ -285,11 +307,13 @@ def test_a_graph_that_will_not_fit_is_not_tried(gpu, monkeypatch, caplog, free):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """Captures that run nothing, as a GPU's, and replays that write what was returned then. Holds their number."""
-    made = SimpleNamespace(captures=0, replays=0)
+    """Captures that run nothing, as a GPU's, and replays that write what was returned then. Holds their number, and
+    the streams of the captures."""
+    made = SimpleNamespace(captures=0, replays=0, streams=[])
 
     def captured(function, drop, device, stream):
         made.captures += 1
+        made.streams.append(stream)
         result = function().fill_(torch.nan)
 
         def replay():
@@ -301,8 +325,11 @@ def recorded(monkeypatch):
     monkeypatch.setattr(capture, "wanted", lambda device: True)
     monkeypatch.setattr(capture, "capture", captured)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     capture.warn_once.cache_clear()
-    return made
+    capture._stream.cache_clear()
+    yield made
+    capture._stream.cache_clear()
 
 
 def codes(method):
@@ -324,6 +351,17 @@ def test_blocks_of_columns_are_replayed(request, method):
     assert (recorded.captures, recorded.replays) == (1, 3), (
         "the first and the smaller one ran as they are"
     )
+
+
+def test_all_captures_share_a_stream(recorded, monkeypatch):
+    """cuBLAS keeps a workspace for each stream, for good."""
+    monkeypatch.setattr(steps, "wanted", lambda device: True)
+    groups = [{"params": [nn.Parameter(torch.ones(3))], "lr": 0.1}]
+    sides = [steps.Steps(torch.sum, groups, lambda _: 1.0, CPU).side for _ in range(2)]
+    for _ in range(2):
+        codes("gptq")
+    assert recorded.captures == 2
+    assert len({id(stream) for stream in (*sides, *recorded.streams)}) == 1
 
 
 def test_rounding_that_cannot_be_captured_runs_slower(recorded, monkeypatch, caplog):

@@ -122,7 +122,8 @@ def test_matrices_of_every_size_are_captured(kind, shape):
 
 
 def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
-    """A loss that waits for the GPU cannot be captured: the steps stay eager, and later ones can be captured.
+    """A loss that waits for the GPU cannot be captured: the steps stay eager, later ones can be captured, earlier
+    captures can be replayed, and random numbers are drawn as before.
 
     Whose memory it is decides, not how much is unused: a tensor of the eager steps may keep a far larger segment of
     the common pool (cuBLAS's workspace one of 128 MB).
@@ -137,13 +138,17 @@ def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
             reserved.append(torch.cuda.memory_reserved())
             raise
 
+    count, found = 512, []
+    data = torch.randn(6, count, count, device="cuda")
+    twice = capture.Repeated(lambda x: 2 * x, data.device, "doubling")
+    for x in data[:2]:
+        twice(x)
+    assert twice.recording is not None
     monkeypatch.setattr(capture, "capture", watched)
     capture.warn_once.cache_clear()
     gc.collect()
     torch.cuda.empty_cache()  # the pools of other tests' graphs
     others = private_segments()
-    count, found = 512, []
-    data = torch.randn(6, count, count, device="cuda")
     for waits in (True, False):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(2**16, count, device="cuda") * count**-0.5)
@@ -160,6 +165,12 @@ def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
         with caplog.at_level(logging.WARNING):
             found.append(torch.stack([trainer.step(x) for x in data]))
         assert (trainer.graph is None) == waits
+        assert torch.equal(twice(data[3]), 2 * data[3])
+        torch.manual_seed(1)
+        drawn = torch.randn(2, 8, device="cuda")
+        more = torch.randn(2, 8, device="cuda")
+        torch.manual_seed(1)
+        assert torch.equal(torch.randn(2, 8, device="cuda"), drawn) and not torch.equal(more, drawn)
         own = {pool: some for pool, some in private_segments().items() if pool not in others}
         assert waits != bool(own), f"a graph has a pool, and what failed has none: {own}"
         if waits:
@@ -170,6 +181,22 @@ def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
             )  # the segment that the graph's random state, which is not in its pool, may be first in
             assert after <= before + room, f"{before} bytes before the capture, {after} after it"
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
+def test_later_blocks_leave_no_more_memory_behind():
+    """cuBLAS keeps a workspace for each stream, so blocks share theirs."""
+    kept, data = [], torch.randn(6, 64, 64, device="cuda")
+    for _ in range(4):  # the first loads what stays
+        p = torch.nn.Parameter(torch.randn(64, 64, device="cuda"))
+        groups = [{"params": [p], "lr": 1e-3}]
+        trainer = Steps(lambda x, p=p: (x @ p).square().mean(), groups, lambda _: 1.0, data.device)
+        for x in data:
+            trainer.step(x)
+        assert trainer.graph is not None
+        del trainer, groups, p
+        gc.collect()
+        kept.append(torch.cuda.memory_allocated())
+    assert len(set(kept[1:])) == 1, kept
 
 
 def private_segments():
