@@ -82,8 +82,14 @@ def test_command_of_the_comparison(tmp_path):
     out = tmp_path / "compare"
     options = "--preset quick --samples 4 --limit 2 --seeds 1 --config quarot-w4a4-rtn"
     make = ["make", "-n", "-o", ".venv/.stamp-dev-cpu", "compare", "DEVICE=cpu", f"OUT={out}"]
+    outside = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
     said = subprocess.run(
-        [*make, f"COMPARE_ARGS={options}"], cwd=ROOT, capture_output=True, text=True, check=True
+        [*make, f"COMPARE_ARGS={options}"],
+        cwd=ROOT,
+        env=outside,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     words = shlex.split(said.stdout.replace("\\\n", " "))
     assert words[1] == "benchmarks/accuracy.py"
