@@ -183,9 +183,10 @@ def generated_tokens(
 ) -> Tensor:
     """``count`` rows int64 [count, T] that the full-precision model samples (LLM-QAT's data, temperature 1).
 
-    Each row continues a piece of ``PROMPT`` tokens from tokens [N, T], drawn by ``seed``; nothing but the model
-    and the calibration text goes in.
+    Each row continues a piece of ``PROMPT`` tokens from calibration rows, tokens [N, T], drawn by ``seed``; nothing
+    but the model and the calibration text goes in, and of that no row that judges the training (``held_out``).
     """
+    tokens = tokens[: held_out(len(tokens)).start]
     draw = torch.Generator().manual_seed(seed)
     length = min(PROMPT, tokens.shape[1] // 2)
     rows = torch.randint(len(tokens), (count,), generator=draw)

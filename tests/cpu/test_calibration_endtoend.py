@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -187,17 +188,18 @@ def test_frozen_codes_stay(tmp_path, no_judge):
                 assert torch.equal(old[name], new[name])
 
 
-def test_pipeline_with_a_last_stage(tmp_path, calib):
+def test_pipeline_with_a_last_stage(tmp_path):
     model = make_model(tmp_path / "m")
     recipes = {"plain": 0, "distilled": 4}
-    tokens, divergence = random_tokens(4, 24), {}
+    tokens, divergence = random_tokens(16, 24), {}  # four rows judge; one of 24 random tokens is noise
+    np.save(tmp_path / "calib.npy", tokens.numpy())
     with torch.no_grad():
         teacher = load_reference(model)(tokens).logits
     for name, epochs in recipes.items():
         recipe = make_recipe(
-            **SMALL | {"distill_epochs": epochs, "distill_generated": 40 if epochs else 0}
+            **SMALL | {"samples": 16, "distill_epochs": epochs, "distill_generated": 40 if epochs else 0}
         )
-        out = quantize(model, tmp_path / name, recipe, str(calib), "cpu")
+        out = quantize(model, tmp_path / name, recipe, str(tmp_path / "calib.npy"), "cpu")
         assert "ok" in next(verify_folder(str(out), "reference"))
         with torch.no_grad():
             divergence[name] = float(kl_divergence(load_reference(out)(tokens).logits, teacher))
@@ -220,6 +222,15 @@ def test_generated_rows_repeat_by_seed_and_follow_the_model(tmp_path):
         own = load_reference(source.path)(rows).logits[:, 11:-1].log_softmax(-1)
     mean = own.gather(-1, rows[:, 12:, None]).mean()
     assert mean > own.mean() + 0.5  # likelier under the model than a random token
+
+
+@pytest.mark.parametrize(("count", "used"), [(3, 3), (9, 7)])
+def test_rows_that_judge_the_last_stage_prompt_nothing(tmp_path, count, used):
+    source = ModelSource(make_model(tmp_path / "model"))
+    tokens = torch.arange(count)[:, None].expand(count, 4)  # a row's number is its text
+    rows = generated_tokens(source, tokens, 60, 0, CPU)
+    assert rows[:, 0].unique().tolist() == [*range(used)] and len(held_out(count)) == count - used
+    assert torch.equal(rows[:, 0], rows[:, 1])  # the prompt is half the row
 
 
 def test_the_model_reads_token_0_of_a_prompt(tmp_path):
