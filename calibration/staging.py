@@ -25,13 +25,18 @@ _TRIES = 100
 
 
 def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
-    """UserError unless ``out`` is free, empty, or may be overwritten, and holds none of ``sources``."""
+    """UserError unless ``out`` is free, empty, or may be overwritten, holds none of ``sources`` and can be renamed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
     held = next((source for source in sources if source.resolve().is_relative_to(out)), None)
     if not out.name or held is not None:
         raise UserError(
             f"--out {out} is or holds {held or 'everything'}, which is read; choose another folder"
+        )
+    if out.is_mount():
+        raise UserError(
+            f"--out {out} is a mount point, whose place no finished folder can take; choose a folder in it, such as "
+            f"{out / 'checkpoint'}"
         )
     if out.is_dir() and any(out.iterdir()) and not overwrite:
         raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -319,6 +320,14 @@ def test_out_not_empty(run, refuses, tmp_path, model, calib):
 def test_out_is_a_file(refuses, tmp_path):
     (tmp_path / "out").write_text("keep")
     refuses("is a file")
+
+
+def test_out_is_where_something_is_mounted(refuses, tmp_path, monkeypatch):
+    """As a container's volume: a run could not put its folder there, after all its work."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    refuses("is a mount point", str(tmp_path / "out" / "checkpoint"))
+    refuses("is a mount point", options=("--overwrite",))
 
 
 def test_out_never_destroys_the_model(refuses, model, tmp_path):
