@@ -12,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..errors import UnsupportedError
+from ..files import check_servable
 from ..kernels.pack import packing_step
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
 from . import parallel
@@ -83,6 +85,10 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     from .. import __version__
 
     config, arch = source.config, source.arch
+    try:
+        check_servable(config)
+    except UnsupportedError as error:
+        raise UserError(f"{source.path}/{error}") from None
     shapes = {n: source.files.shape(f"{source.block_prefix(0)}{n}.weight") for n in arch.linears}
     head_dim = source.head_dim
     heads, hidden = shapes[arch.o][1] // head_dim, shapes[arch.qkv[0]][1]

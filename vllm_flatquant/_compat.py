@@ -37,7 +37,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 
 from .errors import CheckpointError, UnsupportedError
-from .files import check_not_foreign
+from .files import check_not_foreign, check_servable
 from .spec import QUANT_METHOD, SpecError
 
 __all__ = [
@@ -227,6 +227,7 @@ def check_engine_arguments(config_class: Any) -> None:
         try:
             vllm_config = original(self, *args, **kwargs)
             if isinstance(vllm_config.quant_config, config_class):
+                check_servable(vllm_config.model_config.hf_config)
                 vllm_config.quant_config.check_deployment(deployment(vllm_config))
                 if _reads_safetensors(vllm_config.load_config):
                     _check_folder(vllm_config.quant_config, vllm_config.model_config)

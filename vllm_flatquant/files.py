@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from .errors import CheckpointError, shown
+from .errors import CheckpointError, UnsupportedError, shown
 from .sites import check_head_dim, checkpoint_shapes
 from .spec import FlatQuantSpec, SpecError, foreign_message, foreign_tool
 
@@ -209,6 +209,24 @@ def head_size(hf_config: Any) -> int:
     """head_dim of a Transformers config; hidden_size over heads if it has none."""
     given = getattr(hf_config, "head_dim", None)
     return int(given or hf_config.hidden_size // hf_config.num_attention_heads)
+
+
+def check_servable(hf_config: Any) -> None:
+    """Raise UnsupportedError for a model of a supported family that vLLM's class of that family refuses, or runs
+    without a part of it. hf_config: its Transformers config."""
+    family = hf_config.model_type
+    activation = getattr(hf_config, "hidden_act", "silu")
+    if activation != "silu":
+        why = f"hidden_act '{shown(activation, 40)}', and vLLM has this family with silu only"
+    elif family == "qwen3" and getattr(hf_config, "attention_bias", False):
+        why = "attention_bias, and vLLM's Qwen3 leaves out o_proj's bias"
+    elif family in ("qwen2", "qwen3") and len(set(getattr(hf_config, "layer_types", None) or ())) > 1:
+        why = "sliding windows in some layers, and vLLM has this family with one kind of attention only"
+    else:
+        return
+    raise UnsupportedError(
+        f"config.json: the model has {why}; FlatQuant cannot serve it, use another model"
+    )
 
 
 def check_files(folder: Path, spec: FlatQuantSpec, hf_config: Any) -> None:

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
-from tiny_model import edit_config, edit_weights
+from tiny_model import edit_config, edit_weights, make_model
 
 from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import Callbacks, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
-from vllm_flatquant.files import first_line
+from vllm_flatquant.calibration.source import load_config
+from vllm_flatquant.files import check_servable, first_line
 
 
 @pytest.fixture
@@ -437,6 +438,36 @@ def test_quantization_config_of_a_strange_kind(model, calib, given):
 def test_integer_weights(refuses, model):
     edit_weights(model, lambda t: t.update({Q: t[Q].to(torch.int8)}))
     refuses(Q, "is I8 but must be F16 or BF16 or F32")
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "part"),
+    [
+        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ("qwen3", {"attention_bias": True}, "o_proj's bias"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+            "sliding windows in some layers",
+        ),
+    ],
+)
+def test_what_vllm_would_refuse_or_leave_out(refuses, tmp_path, family, changes, part):
+    source = make_model(tmp_path / "other", family, **changes)
+    refuses(part, "FlatQuant cannot serve it", source=source)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 5}),
+        ("qwen2", {}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 0}),
+    ],
+)
+def test_what_vllm_has(tmp_path, family, changes):
+    check_servable(load_config(make_model(tmp_path / "other", family, **changes)))
 
 
 def test_unusable_config_values(refuses, model):

@@ -131,6 +131,13 @@ def test_options_are_checked_before_the_engine_starts(tmp_path):
         engine_config(tmp_path, enable_lora=True)
 
 
+def test_a_model_that_vllm_has_only_in_part_is_refused(tmp_path):
+    """vLLM's Qwen3 would load everything but the bias of o_proj, and answer without it."""
+    write_checkpoint(tmp_path, Recipe("Qwen3", config={"attention_bias": True}))
+    with pytest.raises(UnsupportedError, match="leaves out o_proj's bias"):
+        engine_config(tmp_path)
+
+
 def test_command_line_gets_one_sentence(tmp_path, monkeypatch):
     write_checkpoint(tmp_path, Recipe())
     monkeypatch.setattr("sys.argv", ["/usr/bin/vllm", "serve", str(tmp_path)])
