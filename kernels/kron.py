@@ -338,7 +338,8 @@ def kron_wide_ref(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tenso
     shards, a, b = factor_sizes(x.shape[-1], shape_of(left), shape_of(right))
     y = x.reshape(-1, shards, a, b).to(wide)
     if right is not None:
-        y = y @ right.to(wide)
+        # one product a shard: as T products of [a, b], the gradient of right would be [T, b, b] before its sum
+        y = torch.einsum("tsab,sbc->tsac", y, right.to(wide))
         if x.dtype in (torch.bfloat16, torch.float16):
             y = y.to(x.dtype).to(wide)
     if left is not None:
