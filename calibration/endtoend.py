@@ -43,22 +43,27 @@ HELD_OUT, HELD_OUT_PART = 8, 4
 @dataclass
 class DistillReport:
     """Mean KL divergence in nats per token: of the training's first and last epoch, and of calibration rows that it
-    did not see, before and after it (NaN if there are none)."""
+    did not see, before and after it (None if there are none)."""
 
     kl_first_epoch: float
     kl_last_epoch: float
     skipped_steps: int
-    kl_held_out_before: float
-    kl_held_out_after: float
+    kl_held_out_before: float | None
+    kl_held_out_after: float | None
 
     @property
     def worse(self) -> bool:
         """Whether the held-out rows got no better, or broke."""
-        return not (
-            math.isnan(self.kl_held_out_before) or self.kl_held_out_after < self.kl_held_out_before
-        )
+        before, after = self.kl_held_out_before, self.kl_held_out_after
+        return before is not None and after is not None and not after < before
 
     def __str__(self) -> str:
+        if self.kl_held_out_before is None:
+            return (
+                f"end-to-end stage: KL divergence of its own text {self.kl_first_epoch:.4f} in the first epoch, "
+                f"{self.kl_last_epoch:.4f} in the last (nats per token); nothing tells whether that helps other text, "
+                f"as fewer than {HELD_OUT_PART} calibration rows leave none to judge by; use more --samples"
+            )
         change = f"from {self.kl_held_out_before:.4f} to {self.kl_held_out_after:.4f}"
         if self.worse:
             return (
@@ -303,9 +308,9 @@ def distill(
         return kl_divergence(ends(run_students(students, ends.embed(rows), kwargs)), target)
 
     @torch.no_grad()
-    def judged() -> float:
+    def judged() -> float | None:
         if not judges:
-            return math.nan
+            return None
         return sum(float(loss(tokens[i : i + 1].to(device))) for i in judges) / len(judges)
 
     before = judged()

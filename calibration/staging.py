@@ -25,7 +25,8 @@ _TRIES = 100
 
 
 def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
-    """UserError unless ``out`` is free, empty, or may be overwritten, holds none of ``sources`` and can be renamed."""
+    """UserError unless ``out`` is free, empty, or may be overwritten, holds none of ``sources``, nor where
+    the user is or lives, and can be renamed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
     held = next((source for source in sources if source.resolve().is_relative_to(out)), None)
@@ -33,6 +34,12 @@ def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
         raise UserError(
             f"--out {out} is or holds {held or 'everything'}, which is read; choose another folder"
         )
+    for folder, named in ((".", "the working directory"), (os.path.expanduser("~"), "the home folder")):
+        with suppress(OSError):  # a working directory that somebody removed
+            if Path(folder).resolve().is_relative_to(out):
+                raise UserError(
+                    f"--out {out} is or holds {named}, which would be replaced; choose another folder"
+                )
     if out.is_mount():
         raise UserError(
             f"--out {out} is a mount point, whose place no finished folder can take; choose a folder in it, such as "

@@ -128,7 +128,7 @@ def test_convert_weights_of_another_shape(refused, place, cut):
         ("full", ("not empty", "--overwrite")),
         ("file", ("is a file",)),
         ("model", ("model",)),
-        (".", ("which is read",)),
+        (".", ("is or holds", "choose another folder")),
     ],
 )
 def test_out_that_is_taken(refused, command, out, parts):

@@ -323,6 +323,22 @@ def test_out_is_a_file(refuses, tmp_path):
     refuses("is a file")
 
 
+@pytest.mark.parametrize("place", ["working directory", "home folder"])
+@pytest.mark.parametrize("empty", [True, False])
+def test_out_is_where_the_user_is(refuses, tmp_path, monkeypatch, place, empty):
+    """As with ``--out "$UNSET" --overwrite``, which is the working directory and all that lies there."""
+    inside = tmp_path / "out" / "inside"
+    inside.mkdir(parents=True)
+    if place == "home folder":
+        monkeypatch.setenv("HOME", str(inside))
+    else:
+        monkeypatch.chdir(inside)
+    if not empty:
+        (inside / "mine.txt").write_text("keep")
+    refuses(f"is or holds the {place}", options=("--overwrite",))
+    assert empty or (inside / "mine.txt").read_text() == "keep"
+
+
 def test_out_is_where_something_is_mounted(refuses, tmp_path, monkeypatch):
     """As a container's volume: a run could not put its folder there, after all its work."""
     (tmp_path / "out").mkdir()

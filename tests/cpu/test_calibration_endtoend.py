@@ -151,6 +151,8 @@ def test_held_out_rows_are_not_trained_on(tmp_path):
     other = torch.cat([tokens[:3], tokens[3:].flip(1)])
     reports = [distill(source, blocks, rows, recipe, spec, CPU)[2] for rows in (tokens, other)]
     assert reports[0].kl_held_out_before != reports[1].kl_held_out_before
+    few = distill(source, blocks, tokens[:3], recipe, spec, CPU)[2]
+    assert not few.worse and "nan" not in str(few) and "use more --samples" in str(few)
     larger = recipe.model_copy(update={"distill_batch_size": 3})
     _, _, whole = distill(source, blocks, tokens, larger, spec, CPU)
     assert recipe.distill_rows == 2 and whole.kl_last_epoch != reports[0].kl_last_epoch
