@@ -1,14 +1,15 @@
 """Compile kernels before they are needed, in other processes, into Triton's cache on disk.
 
 Triton holds the interpreter's lock while it compiles, so threads gain nothing. One helper process imports PyTorch and
-Triton once and forks as many workers as there are cores for; none of them touches a GPU. What a worker cannot compile
-the process that needs it compiles itself, or fails to with Triton's own error.
+Triton once and forks as many workers as there are cores for; none of them touches a GPU, and none outlives the process
+that asked. What a worker cannot compile the process that needs it compiles itself, or fails to with Triton's own error.
 
 A variant is a line of JSON. A file in the cache that is named after the line and the sources says that it is there,
-and is locked while a process compiles it: those of several ranks share the work.
+and is locked while a process compiles it: those of several ranks share the work, as each takes first what is not locked.
 """
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -29,7 +30,8 @@ import torch
 
 from . import jit
 
-MOST_WORKERS = 8  # each takes up to 0.5 GB of the host's memory
+MOST_WORKERS = 8
+"""Of all ranks of a host; each worker takes up to 0.5 GB of its memory."""
 LIMIT = 300.0
 """Seconds after which workers are given up."""
 
@@ -96,19 +98,24 @@ class Ahead:
         self._sent: set[str] = set()
         self._problems: list[str] = []
 
-    def submit(self, variants: Sequence[str]) -> None:
-        """Begin to compile those that are not in the cache. Does not wait and does not raise."""
+    def submit(self, variants: Sequence[str], ranks: int = 1) -> None:
+        """Begin to compile those that are not in the cache. Does not wait and does not raise.
+
+        ranks: how many processes of this host do so at the same time.
+        """
         try:
             fresh = [v for v in dict.fromkeys(variants) if v not in self._sent]
             missing = [v for v in fresh if not _there(_mark(v))]
             if not missing or not sys.executable:
                 return
             if self._process is None:
-                self._process = _start()
+                self._process = _start(worker_count(ranks))
             self._sent |= set(missing)
             assert self._process.stdin is not None
             self._process.stdin.write("".join(f"{variant}\n" for variant in missing))
             self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the helper has ended, and ``wait`` says why, once
         except (OSError, AttributeError) as error:  # AttributeError: a Triton without these settings
             self._problems.append(f"kernels cannot be compiled in other processes ({error})")
 
@@ -122,12 +129,12 @@ class Ahead:
         try:
             out, err = process.communicate(timeout=limit)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end_group(process.pid)
             out, err = process.communicate()
             problems.append(f"other processes did not compile all kernels in {limit:.0f} s")
         else:
             if process.returncode:
+                _end_group(process.pid)  # a compiler that a worker has started
                 lines = [line for line in err.splitlines() if re.match(r"[\w.]+: ", line)]
                 reason = lines[-1][:300] if lines else f"status {process.returncode}"
                 problems.append(f"the process that compiles kernels failed ({reason})")
@@ -136,13 +143,26 @@ class Ahead:
         return Outcome(sum(kind == "compiled" for kind, _, _ in answers), problems)
 
 
-_HELPER = "import sys; sys.path[:] = sys.argv[2:]; __import__(sys.argv[1], fromlist=['main']).main()"
+def _end_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
-def _start() -> "subprocess.Popen[str]":
+def worker_count(ranks: int) -> int:
+    """How many workers a process has, of ``ranks`` on this host."""
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0))) // ranks)
+
+
+_HELPER = (
+    "import sys; module, workers, parent, *sys.path[:] = sys.argv[1:]; "
+    "__import__(module, fromlist=['main']).main(int(workers), int(parent))"
+)
+
+
+def _start(workers: int) -> "subprocess.Popen[str]":
     # Modules come from where this process has them; ``-m`` would look in the working directory first.
     return subprocess.Popen(
-        [sys.executable, "-c", _HELPER, __name__, *sys.path],
+        [sys.executable, "-c", _HELPER, __name__, str(workers), str(os.getpid()), *sys.path],
         env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -169,13 +189,19 @@ def _there(mark: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[TextIO]:
-    """The file, to append to, in one process at a time (where the file system has locks)."""
+def _locked(path: Path, wait: bool) -> Iterator[TextIO | None]:
+    """The file, to append to, in one process at a time (where the file system has locks); None if another has it and
+    not ``wait``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+        mine = True
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            pass
+        yield file if mine else None
 
 
 class _NoDevice:
@@ -197,12 +223,21 @@ class _NoDevice:
         return torch.device("cpu")
 
 
-def compile_variant(variant: str) -> str:
-    """In a worker: compile what ``describe`` described, unless it is there. Returns the line that answers."""
+BUSY = "busy"
+"""The answer where another process compiles the same."""
+
+
+def compile_variant(variant: str, wait: bool = True) -> str:
+    """In a worker: compile what ``describe`` described, unless it is there. Returns the line that answers.
+
+    wait: for another process that compiles the same; else the answer is ``BUSY``.
+    """
     mark, what = _mark(variant), json.loads(variant)
     module, name = what["kernel"]
     try:
-        with _locked(mark) as file:
+        with _locked(mark, wait) as file:
+            if file is None:
+                return BUSY
             if _there(mark):
                 return "there"
             from triton.backends.compiler import GPUTarget
@@ -228,13 +263,40 @@ def _build_launcher(compiled: Any) -> None:
             driver.CudaLauncher(compiled.src, compiled.metadata)
 
 
-def main() -> None:
-    """The helper: a variant on each line of standard input, an answer on each line of standard output."""
+def _end_with(parent: int, number: int) -> None:
+    """Have this process get the signal ``number`` when its parent ends (on Linux). parent: its process id."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it had ended before
+            os.kill(os.getpid(), number)
+
+
+def _begin_worker(helper: int) -> None:
+    """What ``wait`` reads ends with the helper: neither a worker nor a compiler that it starts keeps it open."""
+    _end_with(helper, signal.SIGKILL)
+    with open(os.devnull, "w") as nothing:
+        for number in (1, 2):
+            os.dup2(nothing.fileno(), number)
+
+
+def main(workers: int, parent: int) -> None:
+    """The helper: a variant on each line of standard input, an answer on each line of standard output.
+
+    parent: the process that started it. When that is killed nobody else ends a worker or a compiler that hangs, so the
+    helper ends its group. When the helper is killed, its workers end: idle, they would wait for ever.
+    """
+    _end_with(parent, signal.SIGUSR1)
     import_module(".chain", __package__)  # workers are forked, and need not import again
     for gluon in ("w4_gemm_hopper", "silu_mul_kron_quant_hopper"):
         jit.has_gluon(gluon)
-    workers = min(MOST_WORKERS, len(os.sched_getaffinity(0)))
-    with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        answers = [pool.submit(compile_variant, line.rstrip("\n")) for line in sys.stdin]
-        for answer in answers:
+    signal.signal(signal.SIGUSR1, lambda *_: os.killpg(0, signal.SIGKILL))
+    with ProcessPoolExecutor(workers, get_context("fork"), _begin_worker, (os.getpid(),)) as pool:
+        asked = [(line, pool.submit(compile_variant, line, False)) for line in map(str.strip, sys.stdin)]
+        busy = []
+        for line, answer in asked:
+            if answer.result() == BUSY:
+                busy.append(line)
+            else:
+                print(answer.result(), flush=True)
+        for answer in [pool.submit(compile_variant, line) for line in busy]:
             print(answer.result(), flush=True)

@@ -73,6 +73,8 @@ class Deployment:
     lora: bool
     load_format: str
     kv_cache_dtype: str
+    local_ranks: int = 1
+    """Ranks of an engine that share this host: tensor- and pipeline-parallel ones."""
 
     @property
     def loads_tensors(self) -> bool:
@@ -94,6 +96,7 @@ def deployment(vllm_config: Any = None) -> Deployment:
         lora=config.lora_config is not None,
         load_format=str(config.load_config.load_format),
         kv_cache_dtype=str(config.cache_config.cache_dtype),
+        local_ranks=config.parallel_config.local_world_size,
     )
 
 

@@ -100,7 +100,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
         self._add_factors(layer, loader, input_size, input_size_per_partition)
         # vLLM makes the bias after this call and gives it this loader.
         layer.weight_loader = self._expected.checked("bias", layer.weight_loader)
-        startup.created(self, layer)
+        startup.created(self, layer, self._deployment.local_ranks)
 
     def _add_weights(
         self, layer: Any, loader: Any, outputs: int, local_inputs: int, groups: int, inputs: int

@@ -51,7 +51,7 @@ class FlatQuantHeadMethod(QuantizeMethodBase):
             value.weight_loader = self._expected.checked(name, loader)  # type: ignore[attr-defined]
             layer.register_parameter(name, value)
             self._expected.expect(name, None, f"{self._prefix}.{name}", (vocabulary, columns), dtype)
-        startup.created(self, layer)
+        startup.created(self, layer, self._deployment.local_ranks)
 
     def check_loaded(self, layer: Any) -> None:
         """Raise CheckpointError naming each tensor of ``layer`` that the checkpoint lacks."""

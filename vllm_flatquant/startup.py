@@ -39,16 +39,18 @@ class StartUp:
         self._announced: set[Hashable] = set()
         self._warmed: set[Hashable] = set()
         self._open = 0
+        self._ranks = 1
         self._reset()
 
     def _reset(self) -> None:
         self._layers = self._kernels = self._by_workers = self._here = 0
         self._kernel_seconds = self._weight_seconds = 0.0
 
-    def created(self, owner: Owner, layer: Any) -> None:
+    def created(self, owner: Owner, layer: Any, ranks: int = 1) -> None:
         """``owner`` has made the parameters of ``layer``. Kernels of the layer before, which is complete now (vLLM
-        adds a bias later), begin to compile."""
+        adds a bias later), begin to compile. ranks: how many processes of this host do the same."""
         self._open += 1
+        self._ranks = ranks
         self._announce()
         self._last = owner, layer
 
@@ -62,7 +64,7 @@ class StartUp:
         self._announced.add(kind)
         with self._counted(), jit.collecting(ahead.describe) as found:
             owner.run_kernels(owner.stand_in(layer))
-        self._ahead.submit(list(found.values()))
+        self._ahead.submit(list(found.values()), self._ranks)
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:

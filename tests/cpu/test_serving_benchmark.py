@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import ended, soon
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -241,23 +242,13 @@ time.sleep(60)
 """
 
 
-def ended(pid):
-    """Whether a process is gone, or only its exit status is left."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
-
-
 def test_closing_an_engine_ends_its_children(benchmarks, run, tmp_path, monkeypatch):
     """The engine core holds the GPU's memory, and is a child of the process that measures."""
     pid = tmp_path / "pid"
     (tmp_path / "serving_engine.py").write_text(CHILD.format(pid=str(pid)))
     monkeypatch.setattr(benchmarks, "HERE", tmp_path)
     engine = run().engine("tiny", "bf16", [], tmp_path / "go")
-    deadline = time.monotonic() + 20
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert soon(lambda: pid.exists() and pid.read_text(), 20)
     child = int(pid.read_text())
     assert not ended(child)
     begin = time.monotonic()

@@ -1,14 +1,19 @@
 """Start-up: kernels compile in other processes, each kind of layer once, and a line says what was done."""
 
 import json
+import os
 import re
+import signal
 import subprocess
+import sys
 import time
 import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ended, soon
+from vllm.config import ParallelConfig
 
 from vllm_flatquant import _compat, linear, startup
 from vllm_flatquant.kernels import ahead, jit
@@ -98,7 +103,7 @@ def test_what_a_worker_cannot_compile_is_said_and_left(cache):
 
 def test_a_helper_that_fails_or_hangs_is_not_waited_for(cache, monkeypatch):
     def helper(code):
-        def start():
+        def start(workers):
             return subprocess.Popen(
                 [ahead.sys.executable, "-c", code],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -126,7 +131,7 @@ def test_a_helper_that_fails_or_hangs_is_not_waited_for(cache, monkeypatch):
         assert problem in outcome.problems[-1] and time.monotonic() - begin < 30
     assert outcome.compiled == 1
 
-    def nothing():
+    def nothing(workers):
         raise OSError("no more processes")
 
     monkeypatch.setattr(ahead, "_start", nothing)
@@ -143,6 +148,108 @@ def test_ranks_do_not_compile_the_same_variant(cache):
     for rank in ranks:
         rank.submit(variants)
     assert sum(rank.wait().compiled for rank in ranks) == 1
+
+
+@compiles
+def test_a_rank_takes_first_what_no_other_compiles(cache):
+    from vllm_flatquant.kernels.kron import kron_triton
+
+    ours = collect(1)[0]
+    with jit.collecting(ahead.describe) as found:
+        kron_triton(torch.zeros(1, 512).bfloat16(), *[torch.eye(n)[None].bfloat16() for n in (16, 32)])
+    (other,) = found.values()
+    rank = ahead.Ahead()
+    with ahead._locked(ahead._mark(ours), wait=True):
+        rank.submit([ours, other], ahead.MOST_WORKERS)  # so it has one worker
+        assert soon(lambda: ahead._there(ahead._mark(other)))
+        assert not ahead._there(ahead._mark(ours))
+    assert rank.wait() == ahead.Outcome(2, [])
+
+
+@pytest.mark.parametrize(
+    "cores, ranks, workers", [(64, 1, 8), (64, 2, 4), (64, 3, 2), (64, 16, 1), (4, 2, 2)]
+)
+def test_ranks_share_the_workers_of_a_host(monkeypatch, cores, ranks, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores))
+    assert ahead.worker_count(ranks) == workers
+
+
+@pytest.mark.parametrize("nodes, pipeline, ranks", [(1, 1, 4), (1, 2, 8), (2, 1, 2)])
+def test_ranks_of_a_host_are_those_of_vllm(nodes, pipeline, ranks):
+    parallel = ParallelConfig(
+        tensor_parallel_size=4, pipeline_parallel_size=pipeline, nnodes=nodes,
+        distributed_executor_backend="mp",
+    )  # fmt: skip
+    config = SimpleNamespace(
+        parallel_config=parallel, lora_config=None, load_config=SimpleNamespace(load_format="auto"),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )  # fmt: skip
+    assert _compat.deployment(config).local_ranks == ranks
+
+
+HANGS = """
+import os, subprocess, time
+from pathlib import Path
+
+class kernel:
+    @staticmethod
+    def warmup(*args, **meta):
+        compiler = subprocess.Popen(["sleep", "600"])
+        Path(__file__).with_name("pids").write_text(f"{os.getppid()} {os.getpid()} {compiler.pid} .")
+        compiler.wait()
+"""
+ASKS = """
+import sys, time
+from vllm_flatquant.kernels import ahead
+ahead.Ahead().submit([sys.argv[1]])
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def hanging(tmp_path, monkeypatch):
+    """A variant whose compiler hangs, and what gives (helper, worker, compiler), their process ids, when it does."""
+    (tmp_path / "hangs.py").write_text(HANGS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    known = tmp_path / "pids"
+
+    def pids():
+        assert soon(lambda: known.exists() and known.read_text().endswith("."))
+        return [int(pid) for pid in known.read_text().split()[:-1]]
+
+    variant = {"kernel": ["hangs", "kernel"], "args": [], "meta": {}, "target": ["cuda", 90, 32]}
+    yield json.dumps(variant), pids
+    for pid in pids():
+        if not ended(pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+@compiles
+def test_nothing_outlives_an_engine_that_is_killed(cache, hanging):
+    variant, pids = hanging
+    engine = subprocess.Popen([sys.executable, "-c", ASKS, variant])
+    try:
+        group = pids()
+        assert not any(map(ended, group))
+    finally:
+        engine.kill()
+        engine.wait()
+    assert soon(lambda: all(map(ended, group)), 10)
+
+
+@compiles
+def test_a_helper_that_is_killed_is_said_once_and_leaves_no_worker(cache, hanging):
+    variant, pids = hanging
+    workers = ahead.Ahead()
+    workers.submit([variant])
+    helper, worker, compiler = pids()
+    os.kill(helper, signal.SIGKILL)
+    assert soon(lambda: ended(helper) and ended(worker), 10)
+    for more in "abc":
+        workers.submit([more])
+    assert workers.wait(20).problems == ["the process that compiles kernels failed (status -9)"]
+    assert soon(lambda: ended(compiler), 10)
 
 
 class Owner:
@@ -180,7 +287,8 @@ def start(monkeypatch):
     submitted, lines = [], []
     outcomes = [ahead.Outcome(1, ["a worker did not compile it"])]
     workers = SimpleNamespace(
-        submit=submitted.append, wait=lambda: outcomes.pop() if outcomes else ahead.Outcome(0, [])
+        submit=lambda *found: submitted.append(found),
+        wait=lambda: outcomes.pop() if outcomes else ahead.Outcome(0, []),
     )
     monkeypatch.setattr(ahead, "Ahead", lambda: workers)
     for level in ("info", "warning"):
@@ -192,14 +300,14 @@ def test_each_kind_is_announced_early_and_run_once(start):
     begun, submitted, lines = start
     owners = [Owner(kind) for kind in ("a", "a", None, "b")]
     for owner in owners:
-        begun.created(owner, object())
-    assert submitted == [[16, 32]] and owners[0].ran == ["stand-in"] and jit.variants() == 0
+        begun.created(owner, object(), ranks=2)
+    assert submitted == [([16, 32], 2)] and owners[0].ran == ["stand-in"] and jit.variants() == 0
     for owner in owners:
         assert not [line for line in lines if "ready" in line]
         with begun.weights():
             pass
         begun.processed(owner, object())
-    assert submitted == [[16, 32], []]  # the last layer's, which nothing was created after
+    assert submitted == [([16, 32], 2), ([], 2)]  # the last layer's, which nothing was created after
     assert [owner.ran for owner in owners] == [["stand-in", "layer"], [], [], ["stand-in", "layer"]]
     kernels, weights = lines[-2:]
     assert re.fullmatch(r"FlatQuant: 2 kernels ready in \d+\.\d\d s \(1 from cache\)", kernels)
