@@ -22,6 +22,10 @@ NO_KERNEL = ("(wall", "(busy", "(idle")
 Row = dict[str, Any]
 Runs = dict[str, dict[str, dict[str, float]]]
 """format -> measure -> {"value", "ratio"}, medians over runs."""
+RULE = (
+    "Medians over all runs of this vLLM; for FlatQuant, whose code changes, over those of the newest commit "
+    "that has the figure. A ratio is taken within a run."
+)
 
 
 def read_rows(results: Path) -> list[Row]:
@@ -33,21 +37,28 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def collect(rows: list[Row]) -> dict[tuple[str, str, str, str], Runs]:
-    """(model, GPU, vLLM, engine) -> medians over runs. A ratio is bf16's value over the format's, of the same run."""
+    """(model, GPU, vLLM, engine) -> figures by ``RULE``. A ratio is bf16's value over the format's, of the same run."""
     base = {
         (r["run"], r["model"], r["measure"]): float(r["value"]) for r in rows if r["format"] == "bf16"
     }
-    figures: dict[tuple[str, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for row in rows:
+    figures: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for row in sorted(rows, key=lambda row: (row["date"], row["run"])):
         value, reference = float(row["value"]), base.get((row["run"], row["model"], row["measure"]))
         of = figures[row["model"], row["gpu"], row["vllm"], row["engine"], row["format"], row["measure"]]
-        of["value"].append(value)
+        of["value"].append((row["commit"], value))
         if reference and value:
             higher_is_better = row["unit"] in ("tokens", "tokens/s", "requests/s")
-            of["ratio"].append(value / reference if higher_is_better else reference / value)
+            ratio = value / reference if higher_is_better else reference / value
+            of["ratio"].append((row["commit"], ratio))
     found: dict[tuple[str, str, str, str], Runs] = defaultdict(lambda: defaultdict(dict))
     for (model, gpu, vllm, engine, name, measure), lists in figures.items():
-        found[model, gpu, vllm, engine][name][measure] = {k: median(v) for k, v in lists.items()}
+        ours = name.startswith("flatquant")
+        found[model, gpu, vllm, engine][name][measure] = {
+            kind: median(v for commit, v in dated if not ours or commit == dated[-1][0])
+            for kind, dated in lists.items()
+        }
     return found
 
 
@@ -117,6 +128,7 @@ def print_tables(results: Path) -> None:
                         ]
                     )
                 )
+        print(f"\n{RULE}")
 
 
 def print_profile(rows: list[Row], most: int = 14) -> None:

@@ -286,6 +286,26 @@ def test_ratios_are_taken_and_shown_for_one_kind_of_engine(benchmarks, run, tmp_
     assert "| fp8 | 3.00 |" in new and "| 6.00 |" in new
 
 
+def test_todays_code_is_shown_and_every_run_of_vllms(benchmarks, run, capsys):
+    """The newest run has no bf16, the oldest comes last in the file: neither is the ratio that is shown."""
+    now = run()
+    for number, commit, bf16, w4a4, fp8 in [
+        (2, "old", 8, 8, 4), (3, "new", 8, 2, 8), (4, "new", 6, 2, 3), (5, "newer", 0, 1, 0), (1, "older", 8, 16, 8),
+    ]:  # fmt: skip
+        for name, value in {"bf16": bf16, "flatquant-w4a4": w4a4, "fp8": fp8}.items():
+            row = now.row(
+                "tiny", name, measure="decode_b1", value=value, unit="ms", engine="own process"
+            )
+            if value:
+                now.table.append(row | {"run": f"1122-{number}", "commit": commit})
+    benchmarks.print_tables(now.args.results)
+    shown = capsys.readouterr().out
+    assert "| bf16 (its own unit) | 8.00 |" in shown  # of 8, 8, 6 and 8
+    assert "| flatquant-w4a4 | 3.50 |" in shown  # of 4 and 3
+    assert "| fp8 | 1.50 |" in shown  # of 2, 1, 2 and 1
+    assert shown.endswith("newest commit that has the figure. A ratio is taken within a run.\n")
+
+
 def test_engine_is_measured_in_a_process_of_its_own(benchmarks, run, tmp_path, capsys):
     """The whole of a format: each step's time and kernels, and nothing left running."""
     now = run("--formats=bf16", "--models=tiny", "--profile")
