@@ -1,6 +1,6 @@
 """Fake quantization with gradients, and how little of it is kept until they are asked for.
 
-Rounding passes gradients straight through; the numbers are those of ``kernels.quantize``.
+Rounding passes gradients straight through; the numbers are those of ``kernels/quantize.py``.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels.quantize import codes_ref, qmax, scale_ref
+from ..kernels import fake_quantize as kernel
 
 
 def round_ste(x: Tensor) -> Tensor:
@@ -29,35 +29,19 @@ def fake_quantize(z: Tensor, bits: int, clip: Tensor | float = 1.0) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """``codes_ref(z, scale, bits, round_ste) * scale`` with ``scale_ref``, of which autograd would keep six tensors
-    of z's size. Only z is kept: scale and codes are computed again."""
+    """``kernels.fake_quantize``. Only z is kept, of six tensors of its size that autograd would keep."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, bits: int, clip: Tensor | float) -> Tensor:
         ctx.bits, ctx.clip = bits, None if isinstance(clip, Tensor) else clip
         ctx.save_for_backward(z, *([clip] if isinstance(clip, Tensor) else []))
-        scale = scale_ref(z, bits, clip)
-        return codes_ref(z, scale, bits).mul_(scale.unsqueeze(-1))
+        return kernel.fake_quantize(z, bits, clip)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor | None]:
-        """With q = z/s, code c and s = clip * max|z| / qmax: dz = g where c is not clamped, ds = sum of
-        ``g c - dz q``; ds then goes to clip and to the largest |z|, in equal parts if there are several."""
-        (grad,), (z, *rest) = grads, ctx.saved_tensors
-        clip: Tensor | float = rest[0] if rest else ctx.clip
-        scale = scale_ref(z, ctx.bits, clip)
-        steps = z / scale.unsqueeze(-1)
-        codes = codes_ref(z, scale, ctx.bits)
-        dz = grad * (steps.round() == codes)
-        ds = (codes.mul_(grad) - steps.mul_(dz)).sum(dim=-1)
-        del codes, steps
-        size = z.abs()
-        top = size.amax(dim=-1)
-        ds = torch.where(top * clip > 0, ds / qmax(ctx.bits), 0)
-        largest = (size == top.unsqueeze(-1)) * z.sign()
-        part = ds * clip / largest.abs().sum(dim=-1).clamp(min=1)
-        dclip = (ds * top).sum_to_size(clip.shape) if isinstance(clip, Tensor) else None
-        return dz.addcmul_(largest, part.unsqueeze(-1)), None, dclip
+        z, *rest = ctx.saved_tensors
+        dz, dclip = kernel.fake_quantize_backward(grads[0], z, ctx.bits, rest[0] if rest else ctx.clip)
+        return dz, None, dclip
 
 
 def recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:

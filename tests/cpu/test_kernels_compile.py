@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from vllm_flatquant.kernels.fake_quantize import _fake_quantize_backward_kernel, _fake_quantize_kernel
 from vllm_flatquant.kernels.jit import INTERPRET
 from vllm_flatquant.kernels.kron import _kron_kernel
 from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
@@ -31,8 +32,8 @@ POINTERS = {
 
 def compiled(kernel, arch: int, warps: int, stages: int, types: dict | None = None, **meta):
     """The compiled kernel, for bf16 inputs whose sizes are multiples of 16."""
-    pointers = {name: "*" + (types or {}).get(name, kind) for name, kind in POINTERS.items()}
-    scalars = {"eps": "fp32"}
+    pointers = {name: "*" + kind for name, kind in (POINTERS | (types or {})).items()}
+    scalars = {"eps": "fp32", "clip_value": "fp32"}
     signature = {
         name: "constexpr" if name in meta else pointers.get(name, scalars.get(name, "i32"))
         for name in kernel.arg_names
@@ -40,7 +41,7 @@ def compiled(kernel, arch: int, warps: int, stages: int, types: dict | None = No
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name] != "constexpr" and name not in ("t", "shard_blocks", "eps")
+        if signature[name] != "constexpr" and name not in ("t", "shard_blocks", *scalars)
     }
     source = ASTSource(kernel, signature, meta, aligned)
     return triton.compile(
@@ -99,6 +100,18 @@ def test_transforms(arch: int, kernel, meta: dict) -> None:
     ).asm["ptx"]  # fmt: skip
     assert re.search(r"wgmma\.mma_async\S*bf16" if hopper else r"mma\.sync\S*bf16", ptx)
     assert ".local" not in ptx
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("r,k,warps", [(8, 128, 4), (1, 4096, 16)])
+@pytest.mark.parametrize("kernel", [_fake_quantize_kernel, _fake_quantize_backward_kernel])
+def test_fake_quantize(arch: int, r: int, k: int, warps: int, kernel) -> None:
+    """16 bytes at a time, divisions as IEEE 754 rounds them, and nothing spills."""
+    types = dict.fromkeys(("z_ptr", "out_ptr", "grad_ptr", "dz_ptr", "dclip_ptr"), "fp32")
+    asm = compiled(kernel, arch, warps, 2, types, QMAX=7, HAS_CLIP=True, R=r, K=k).asm
+    assert "div.rn.f32" in asm["ptx"] and "div.full" not in asm["ptx"]
+    assert "LDG.E.128" in asm["sass"] and "STG.E.128" in asm["sass"]
+    assert not re.search(r"\b(STL|LDL)", asm["sass"])
 
 
 @pytest.mark.parametrize(
