@@ -4,6 +4,7 @@
 
 Backward with q = z / s and code c: dz = g where c is not clamped, and ds = sum of g c - dz q, which goes on to clip
 and to the largest |z|, in equal parts if there are several. Rounding passes gradients straight through.
+Only autograd calls this (``calibration/straight_through.py``), so that it is no custom operator.
 """
 
 import torch

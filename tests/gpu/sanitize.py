@@ -5,6 +5,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/
 
 import torch
 
+from vllm_flatquant.kernels.fake_quantize import fake_quantize, fake_quantize_backward
 from vllm_flatquant.kernels.jit import hopper
 from vllm_flatquant.kernels.kron import kron
 from vllm_flatquant.kernels.kron_quant import kron_quant
@@ -33,6 +34,9 @@ def main() -> None:
             kron_quant(x, left, right, one, 8)
             rmsnorm_kron_quant(x, x, norm, 1e-5, left, right, one, 4)
             silu_mul_kron_quant(torch.cat([x, x], 1), left, right, one, 4)
+            z = x.float()
+            fake_quantize(z, 4, one)
+            fake_quantize_backward(z, z, 4, one)
     left, right = torch.randn(1, 100, 100, device=device), torch.randn(1, 128, 128, device=device)
     x, one = torch.randn(300, 25600, device=device).bfloat16(), torch.ones(1, device=device)
     silu_mul_kron_quant(x, left.bfloat16(), right.bfloat16(), one, 4)  # on Hopper another kernel
