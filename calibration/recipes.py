@@ -62,11 +62,12 @@ FLATQUANT: dict[str, NamedRecipe] = {
 
 END_TO_END: dict[str, Any] = {
     "diag_rows": "normalized",
-    "epochs": 5,
-    "distill_epochs": 3,
+    "widest_factor": 128,
+    "epochs": 15,
+    "distill_epochs": 8,
     "distill_generated": 2048,
     "distill_batch_size": 8,
-    "distill_lr": 3e-3,
+    "distill_lr": 1e-3,
     "distill_weight_lr": 3e-3,
     "precision": "high",
 }

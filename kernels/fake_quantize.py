@@ -158,7 +158,6 @@ def fake_quantize_backward(
     if not _takes(z, clip):
         return fake_quantize_backward_ref(grad, z, bits, clip)
     z, grad = z.contiguous(), grad.contiguous()
-    z, grad = z.contiguous(), grad.contiguous()
     dz, dclip = torch.empty_like(z), z.new_empty(z.shape[:-1] if isinstance(clip, Tensor) else 0)
     _launch(_fake_quantize_backward_kernel, z, clip, bits, [grad, z], [dz, dclip])
     return dz, dclip.sum_to_size(clip.shape) if isinstance(clip, Tensor) else None
