@@ -22,7 +22,9 @@ FINAL = ("wikitext2-test", "python-heldout")
 """Texts that nothing was chosen by."""
 FIRST = 96
 """Windows that other tools were measured on."""
-LAST_STAGE = "distill_epochs=8,distill_generated=2048,distill_batch_size=8,distill_lr=1e-3,distill_weight_lr=3e-3"
+LAST_STAGE = (
+    "distill_epochs=8,distill_generated=2048,distill_batch_size=8,distill_lr=1e-3,distill_weight_lr=3e-3"
+)
 SHARED = 'epochs=15,diag_rows="normalized",widest_factor=128,precision="high"'
 BLOCKS = {
     "flatquant-e2e-w4a16": f"w4a16,{SHARED}",
