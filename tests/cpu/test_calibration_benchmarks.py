@@ -212,9 +212,9 @@ def test_earlier_settings_are_shown_until_the_present_ones_are_measured():
     row = {"seed": "0", "jobs": "", "text": "python-heldout"}
     before = {**row, "variant": f"{readme.EARLIER[name]};{readme.EARLIER_LAST_STAGE}", "perplexity": "6"}
     now = {**row, "variant": f"{readme.BLOCKS[name]};{readme.LAST_STAGE}", "perplexity": "5"}
-    for rows, perplexity, epochs in (([before], "6", 5), ([before, now], "5", 15)):
+    for rows, value, epochs in (([before], "6", 5), ([before, now], "5", 15)):
         (found,) = readme.end_to_end(rows)
-        assert found["config"] == name and found["perplexity"] == perplexity
+        assert found["config"] == name and found["perplexity"] == value
         assert json.loads(found["settings"])["epochs"] == epochs
     validation = {**now, "text": "python-valid"}
     assert readme.end_to_end([before, validation])[0]["perplexity"] == "6"
