@@ -54,25 +54,27 @@ AIMS = {
 
 SHORT = {
     "flatquant-w4a8": "the first to try, for few tokens at a time and for many: runs the kernels of W4A4",
-    "flatquant-w4a4-gptq": "to compare at 4-bit activations; no faster than W4A8",
+    "flatquant-wide-w4a4": "to compare at 4-bit activations; no faster than W4A8",
     "flatquant-e2e-w4a4": "the same, for models of up to about a billion weights",
-    "flatquant-w4a16": "GPUs that do not multiply int8 fast; vLLM's weight-only kernels",
+    "flatquant-wide-w4a16": "GPUs that do not multiply int8 fast; vLLM's weight-only kernels",
     "flatquant-e2e-w4a16": "the same, for models of up to about a billion weights",
 }
 """Recipe -> when to use it, at the top of the page."""
 CHOSEN = {
-    "W4A16": ("flatquant-e2e-w4a16", "flatquant-w4a16", "gptq-w4a16"),
-    "W4A8": ("flatquant-e2e-w4a8", "flatquant-w4a8", "smoothquant-w4a8"),
+    "W4A16": ("flatquant-e2e-w4a16", "flatquant-wide-w4a16", "flatquant-w4a16", "gptq-w4a16"),
+    "W4A8": ("flatquant-e2e-w4a8", "flatquant-wide-w4a8", "flatquant-w4a8", "smoothquant-w4a8"),
     "W4A4": (
-        "flatquant-e2e-w4a4", "flatquant-w4a4", "flatquant-w4a4-gptq", "quarot-w4a4", "spinquant-w4a4",
+        "flatquant-e2e-w4a4", "flatquant-wide-w4a4", "flatquant-w4a4", "flatquant-w4a4-gptq", "quarot-w4a4", "spinquant-w4a4",
     ),
     "W4A4KV4": (
-        "flatquant-e2e-w4a4kv4", "flatquant-w4a4kv4", "flatquant-w4a4kv4-gptq", "quarot-w4a4kv4", "spinquant-w4a4kv4",
+        "flatquant-e2e-w4a4kv4", "flatquant-wide-w4a4kv4", "flatquant-w4a4kv4", "flatquant-w4a4kv4-gptq", "quarot-w4a4kv4",
+        "spinquant-w4a4kv4",
     ),
 }  # fmt: skip
 """Bits -> recipes of README.md's comparison, as far as they were measured; docs/results.md has all of them."""
 DECIDING = (
-    "flatquant-e2e-w4a16", "flatquant-w4a16-g128-gptq", "gptq-w4a16-g128", "flatquant-e2e-w4a4", "flatquant-w4a4-gptq",
+    "flatquant-e2e-w4a16", "flatquant-wide-w4a16", "flatquant-w4a16-g128-gptq", "gptq-w4a16-g128", "flatquant-e2e-w4a4",
+    "flatquant-wide-w4a4",
 )  # fmt: skip
 """Recipes beside other tools in README.md; docs/results.md has all of them."""
 
@@ -84,7 +86,7 @@ def usual(rows: Rows) -> Rows:
 
 
 def end_to_end_stages(rows: Rows) -> dict[str, tuple[str, str]]:
-    """Recipe -> its two stages as they were measured: the present ones, else those of ``EARLIER``."""
+    """End-to-end recipe -> its two stages as they were measured: the present ones, else those of ``EARLIER``."""
     there = {row["variant"] for row in rows if row["text"] in FINAL}
     stages = {name: (blocks, LAST_STAGE) for name, blocks in BLOCKS.items()}
     for name, blocks in EARLIER.items():
@@ -93,13 +95,15 @@ def end_to_end_stages(rows: Rows) -> dict[str, tuple[str, str]]:
     return stages
 
 
-def end_to_end(rows: Rows) -> Rows:
-    """Of the rows of ablation.csv those of the recipes ``BLOCKS``, as rows of accuracy.csv, in the order of seeds."""
+def as_recipes(rows: Rows) -> Rows:
+    """Of the rows of ablation.csv those of the recipes ``BLOCKS``, and of the first stage alone (``flatquant-wide-*``),
+    as rows of accuracy.csv, in the order of seeds."""
     names = {";".join(stages): name for name, stages in end_to_end_stages(rows).items()}
+    names |= {f"{blocks};": name.replace("e2e", "wide") for name, blocks in BLOCKS.items()}
     found = []
     for row in sorted(rows, key=lambda row: int(row["seed"])):
         if name := names.get(row["variant"]):
-            seconds = sum(float(row[part]) for part in STAGES) if row["jobs"] else ""
+            seconds = sum(float(row[part] or 0) for part in STAGES) if row["jobs"] else ""
             epochs = int(row["variant"].partition("epochs=")[2].partition(",")[0])
             settings = json.dumps({**SIZES, "epochs": epochs, "recipe": name})
             found.append({**row, "config": name, "seconds": str(seconds), "settings": settings})
@@ -156,7 +160,7 @@ def frontier(ablation: Rows, peers: Rows) -> str:
         "| | | own code: RTN / GPTQ | block by block | and end to end | by seed | aim | |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    last = by_config(on(end_to_end(ablation), (354, 390)))
+    last = by_config(on(as_recipes(ablation), (354, 390)))
     measured = end_to_end_stages(ablation)
     for name, aims in AIMS.items():
         blocks = measured[name][0]
@@ -242,7 +246,7 @@ def comparison_rows() -> dict[str, Rows]:
     rows, models = read("accuracy"), {}
     same = ("model", "config", "seed", "text", "windows")
     there = {tuple(row[k] for k in same) for row in rows}
-    more = [r for r in end_to_end(latest(read("ablation"))) if tuple(r[k] for k in same) not in there]
+    more = [r for r in as_recipes(latest(read("ablation"))) if tuple(r[k] for k in same) not in there]
     for model in dict.fromkeys(row["model"] for row in rows):
         own = usual([row for row in rows if row["model"] == model])
         models[model] = own + [row for row in more if row["model"] == model]

@@ -201,9 +201,10 @@ def test_rows_of_the_end_to_end_table_are_the_recipes():
     for name, blocks in readme.BLOCKS.items():
         settings = ablation.parse(blocks) | ablation.parse(readme.LAST_STAGE)
         assert make_recipe(**settings) == RECIPES[name].recipe()
+        assert make_recipe(**ablation.parse(blocks)) == RECIPES[name.replace("e2e", "wide")].recipe()
     assert readme.EARLIER.keys() <= readme.BLOCKS.keys()
-    found = {row["config"] for row in readme.end_to_end(readme.read("ablation"))}
-    assert readme.AIMS.keys() <= found <= readme.BLOCKS.keys()
+    found = {row["config"] for row in readme.as_recipes(readme.read("ablation"))}
+    assert readme.AIMS.keys() <= found <= RECIPES.keys()
 
 
 def test_earlier_settings_are_shown_until_the_present_ones_are_measured():
@@ -213,11 +214,11 @@ def test_earlier_settings_are_shown_until_the_present_ones_are_measured():
     before = {**row, "variant": f"{readme.EARLIER[name]};{readme.EARLIER_LAST_STAGE}", "perplexity": "6"}
     now = {**row, "variant": f"{readme.BLOCKS[name]};{readme.LAST_STAGE}", "perplexity": "5"}
     for rows, value, epochs in (([before], "6", 5), ([before, now], "5", 15)):
-        (found,) = readme.end_to_end(rows)
+        (found,) = readme.as_recipes(rows)
         assert found["config"] == name and found["perplexity"] == value
         assert json.loads(found["settings"])["epochs"] == epochs
     validation = {**now, "text": "python-valid"}
-    assert readme.end_to_end([before, validation])[0]["perplexity"] == "6"
+    assert readme.as_recipes([before, validation])[0]["perplexity"] == "6"
 
 
 def test_the_last_of_two_equal_measurements_counts():
