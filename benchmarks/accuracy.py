@@ -219,7 +219,7 @@ def main() -> int:
             if left:
                 job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
                 jobs.append({**common, **job, "texts": left})
-    failed = measure(jobs, args.jobs, deadline, args.out)
+    status = measure(jobs, args.jobs, deadline, args.out)
     rows = [r for r in read_rows(args.out, name, calib, seq_len) if r["text"] in counts]
     wanted = {size_of(settings)[:2] for settings, _ in recipes.values()}
     rows = [r for r in rows if r["config"] == UNQUANTIZED or key_of(r)[-1][:2] in wanted]
@@ -228,7 +228,7 @@ def main() -> int:
         print(args.table.read_text(encoding="utf-8"))
     if rows and args.plot:
         plot(rows, args.plot)
-    return int(failed)
+    return status
 
 
 def read_rows(file: Path, model: str, calib: str, seq_len: int) -> Rows:
@@ -246,21 +246,26 @@ def key_of(row: dict[str, str]) -> tuple[Any, ...]:
     return row["text"], row["windows"], row["config"], row["seed"], size
 
 
-def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> bool:
-    """Run the jobs and append their rows to ``out`` as they come; whether one failed."""
-    failed = False
-    with appended(out, FIELDS) as append:
-        for job, rows, error in run_jobs(jobs, workers, deadline):
-            failed |= error is not None
-            if error is not None:
-                print("FAILED", job["config"], job["seed"], error, flush=True)
-                continue
-            append(rows)
-            for row in rows:
-                print(*(row[k] for k in [*FIELDS[:5], "seconds"]), flush=True)
+def measure(jobs: list[dict], workers: int, deadline: float, out: Path) -> int:
+    """Run the jobs and append their rows to ``out`` as they come. Returns the script's status: 1 if one failed, 130
+    after Ctrl-C."""
+    status = 0
+    try:
+        with appended(out, FIELDS) as append:
+            for job, rows, error in run_jobs(jobs, workers, deadline):
+                if error is not None:
+                    status = 1
+                    print("FAILED", job["config"], job["seed"], error, flush=True)
+                    continue
+                append(rows)
+                for row in rows:
+                    print(*(row[k] for k in [*FIELDS[:5], "seconds"]), flush=True)
+    except KeyboardInterrupt:
+        print(f"interrupted; {out} keeps the rows so far, and the same command goes on")
+        return 130
     for job in jobs:
         print("not done:", job["config"], job["seed"])
-    return failed
+    return status
 
 
 if __name__ == "__main__":

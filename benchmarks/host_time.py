@@ -15,6 +15,7 @@ from collections.abc import Callable
 from importlib import import_module
 
 import torch
+from timing import need_gpu
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from vllm_flatquant.chaining import chain_operators
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="few enough that the GPU keeps up")
     parser.add_argument("--profile", action="store_true")
     args = parser.parse_args()
+    need_gpu()
     every = calls(args.tokens)
     for call in every.values():
         for _ in range(3):

@@ -42,7 +42,7 @@ from kernel_calls import (
     transform_rotation,
 )
 from kernel_tables import MODELS, tables
-from timing import RESULTS, Table, clocks, copies, environment, graph_us, summary
+from timing import RESULTS, Table, clocks, copies, environment, graph_us, need_gpu, summary
 from tune_w4_gemm import compile_all
 
 from vllm_flatquant.kernels.jit import hopper
@@ -270,14 +270,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", default=",".join(PARTS), help="parts, in order; a shape NxK is a part too"
+        "--only",
+        default=",".join(PARTS),
+        help=f"of {', '.join(PARTS)}, in order; a shape NxK is a part too",
     )
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="in order")
+    parser.add_argument(
+        "--tokens", default=",".join(map(str, TOKENS)), help=f"in order [{', '.join(map(str, TOKENS))}]"
+    )
     parser.add_argument("--without", default="", help="kernels to leave out, parts of their names")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--results", type=Path, default=RESULTS / "kernels.csv")
     parser.add_argument("--print", action="store_true", help="print the tables of this run at the end")
     args = parser.parse_args()
+    need_gpu()
     tokens, parts = [int(t) for t in args.tokens.split(",")], args.only.split(",")
     jobs = compile_jobs(parts, tokens) if args.workers else []
     # Nothing is timed before the last worker is gone; vLLM is imported in the meantime.

@@ -4,6 +4,7 @@ import csv
 import os
 import statistics
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,12 @@ import torch
 
 L2_BYTES = 64 * 2**20
 RESULTS = Path(__file__).parent / "results"
+
+
+def need_gpu() -> None:
+    """End the script with a sentence where there is nothing to time."""
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA GPU is visible to PyTorch here, and this times kernels on one")
 
 
 def copies(bytes_each: int, at_least: int = 3 * L2_BYTES, limit: int = 48) -> int:

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import torch
-from timing import copies, graph_us, summary
+from timing import copies, graph_us, need_gpu, summary
 from triton.runtime.errors import TritonError
 
 from vllm_flatquant.kernels.tile_table import TABLE
@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--out", help="the table to update, kernels/tile_table.py")
     parser.add_argument("--workers", type=int, default=min(14, os.cpu_count() or 1))
     args = parser.parse_args()
+    need_gpu()
     shapes = [shape for name in args.shapes.split(",") for shape in SHAPES[name]]
     tokens = [int(t) for t in args.tokens.split(",")]
 

@@ -1,6 +1,7 @@
 """Jobs in worker processes that share one device: what one job breaks, no other job notices."""
 
 import multiprocessing as mp
+import signal
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
@@ -42,7 +43,7 @@ def run_jobs(
                     process = context.Process(
                         target=work, args=(theirs, MEMORY_PART / workers), daemon=True
                     )
-                    process.start()
+                    start_deaf(process)
                     theirs.close()  # so that a worker that dies is the end of the pipe
                     idle.append((process, ours))
                 process, ours = idle.pop()
@@ -68,6 +69,15 @@ def run_jobs(
         waiting[:0] = [job for _, job in busy.values()]
         for process, _ in [*idle, *busy.values()]:
             process.kill()
+
+
+def start_deaf(process: Any) -> None:
+    """Start a process that Ctrl-C does not reach: the one that asked ends it, and says what is left."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def work(pipe: Connection, part: float) -> None:

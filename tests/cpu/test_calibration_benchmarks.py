@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -37,6 +38,9 @@ def answer(job):
         os._exit(3)
     if job["do"] == "sleep":
         time.sleep(60)
+    if job["do"] == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        return "alive"
     return os.getpid()
 
 
@@ -68,13 +72,31 @@ def test_comparison_goes_on_after_a_failure(tmp_path, monkeypatch, capsys):
     jobs = [{"config": c, "seed": 0} for c in ("good", "bad", "late")]
     monkeypatch.setattr(accuracy, "run_jobs", lambda *_: ((j, rows, None) for j in (jobs.pop(0),)))
     out = tmp_path / "rows.csv"
-    assert accuracy.measure(jobs, 1, 0.0, out) is False
+    assert accuracy.measure(jobs, 1, 0.0, out) == 0
     monkeypatch.setattr(accuracy, "run_jobs", lambda *_: ((j, None, "broke") for j in (jobs.pop(0),)))
-    assert accuracy.measure(jobs, 1, 0.0, out) is True
+    assert accuracy.measure(jobs, 1, 0.0, out) == 1
     with out.open(newline="") as file:
         assert list(csv.DictReader(file)) == rows
     text = capsys.readouterr().out
     assert "FAILED bad 0 broke" in text and "not done: late 0" in text
+
+    def stopped(*_):
+        yield jobs[0], rows, None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(accuracy, "run_jobs", stopped)
+    assert accuracy.measure(jobs, 1, 0.0, out) == 130
+    assert "rows.csv keeps the rows so far" in capsys.readouterr().out
+    with out.open(newline="") as file:
+        assert list(csv.DictReader(file)) == rows * 2
+
+
+def test_ctrl_c_reaches_the_script_and_not_its_workers():
+    from workers import run_jobs
+
+    handler = signal.getsignal(signal.SIGINT)
+    ((_, result, error),) = run_jobs(jobs_of("interrupt"), 1, float("inf"))
+    assert (result, error) == ("alive", None) and signal.getsignal(signal.SIGINT) is handler
 
 
 def test_command_of_the_comparison(tmp_path):

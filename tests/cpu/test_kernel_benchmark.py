@@ -31,6 +31,7 @@ def bench(monkeypatch, tmp_path):
     card = {"gpu": "a card", "torch": "2", "triton": "3", "commit": "abc"}
     monkeypatch.setattr(kernel_calls, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     for name, value in {
@@ -53,6 +54,15 @@ def bench(monkeypatch, tmp_path):
 
     run.kernels, run.calls = kernels, kernel_calls
     return run
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", ["kernels", "host_time", "tune_w4_gemm"])
+def test_without_a_gpu_a_sentence_says_so(monkeypatch, name):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [f"{name}.py"])
+    with pytest.raises(SystemExit, match="^no CUDA GPU"):
+        script(ROOT / "benchmarks" / f"{name}.py").main()
 
 
 def small_layer(calls, monkeypatch):
