@@ -111,9 +111,11 @@ def _numbers(spec: FlatQuantSpec) -> str:
 
 
 def _made(recipe: Recipe, calib: str) -> str:
+    blocks = f"{recipe.epochs} epochs for each block" if recipe.epochs else "no training block by block"
+    last = f", then {recipe.distill_epochs} epochs end to end" if recipe.distill_epochs else ""
     return (
-        f"Calibrated on {recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {recipe.epochs} epochs for each "
-        f"block, {recipe.rounding.upper()} rounding, seed {recipe.seed}. `calibration_log.jsonl` has "
+        f"Calibrated on {recipe.samples} x {recipe.seq_len} tokens of `{calib}`, {blocks}, "
+        f"{recipe.rounding.upper()} rounding{last}, seed {recipe.seed}. `calibration_log.jsonl` has "
         f"each block's error, `recipe.yaml` the whole recipe:\n\n```yaml\n{recipe.to_yaml(calib)}```"
     )
 

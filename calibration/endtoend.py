@@ -184,7 +184,12 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 @torch.no_grad()
 def generated_tokens(
-    source: ModelSource, tokens: Tensor, count: int, seed: int, device: torch.device
+    source: ModelSource,
+    tokens: Tensor,
+    count: int,
+    seed: int,
+    device: torch.device,
+    on_progress: Callable[[float], None] | None = None,
 ) -> Tensor:
     """``count`` rows int64 [count, T] that the full-precision model samples (LLM-QAT's data, temperature 1).
 
@@ -215,10 +220,12 @@ def generated_tokens(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         size = generation_batch(source, tokens.shape[1])
-        parts = [
-            network.generate(p, attention_mask=torch.ones_like(p), generation_config=wanted)
-            for p in batches(prompts, size, device)
-        ]  # without a mask, token 0 would count as padding
+        parts: list[Tensor] = []
+        for p in batches(prompts, size, device):
+            mask = torch.ones_like(p)  # without it, token 0 would count as padding
+            parts.append(network.generate(p, attention_mask=mask, generation_config=wanted))
+            if on_progress:
+                on_progress(sum(map(len, parts)) / count)
     return torch.cat(parts).cpu()
 
 
@@ -230,11 +237,17 @@ def generation_batch(source: ModelSource, length: int) -> int:
     return min(1024, max(1, GENERATION_CACHE // row))
 
 
-def distill_tokens(source: ModelSource, tokens: Tensor, recipe: Recipe, device: torch.device) -> Tensor:
+def distill_tokens(
+    source: ModelSource,
+    tokens: Tensor,
+    recipe: Recipe,
+    device: torch.device,
+    on_progress: Callable[[float], None] | None = None,
+) -> Tensor:
     """The text of this stage: calibration rows [N, T] and the recipe's generated ones, int64 [N + more, T]."""
     if not recipe.distill_generated:
         return tokens
-    more = generated_tokens(source, tokens, recipe.distill_generated, recipe.seed, device)
+    more = generated_tokens(source, tokens, recipe.distill_generated, recipe.seed, device, on_progress)
     return torch.cat([tokens, more])
 
 

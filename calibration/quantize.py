@@ -146,7 +146,8 @@ def _ignore(*_: object) -> None: ...
 class Callbacks:
     """What a run tells while it works.
 
-    accepted: model, recipe and text passed the checks that need no weights. progress: of the stage ``check`` (of the weight files), ``quantize`` or ``distill``, the finished fraction.
+    accepted: model, recipe and text passed the checks that need no weights. progress: of the stage ``check`` (of the weight files), ``quantize``, ``write`` (the text of the
+    last stage) or ``distill``, the finished fraction.
     """
 
     accepted: Callable[[], None] = _ignore
@@ -182,9 +183,11 @@ def quantize(
     else:
         check_out(out, overwrite)
     source, spec, tokens = check_inputs(model, out, recipe, calib, where, overwrite or resume)
-    tell.accepted()
     with parallel.group(where), Staging(out) as staging, explained(out, staging):
         if parallel.is_writer():
+            if not before:
+                staging.refuse_finished(overwrite)  # now, not after every weight was read
+            tell.accepted()
             run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
             begin(staging, run, before, tell)
         parallel.wait()
@@ -337,8 +340,16 @@ def distill_blocks(
         load_block(staging.folder / block_stage(i), source.block_prefix(i))
         for i in range(source.num_blocks)
     ]
+    rows = recipe.distill_generated
+    tell.note(
+        f"end-to-end stage: {f'the model writes {rows} rows, then ' if rows else ''}{recipe.distill_epochs} epochs; "
+        "if it is interrupted, --resume starts this stage again"
+    )
     with metered(device) as cost:
-        text = distill_tokens(source, tokens, recipe, device)
+        if rows:
+            tell.progress("write", 0.0)
+        text = distill_tokens(source, tokens, recipe, device, lambda part: tell.progress("write", part))
+        tell.progress("distill", 0.0)
         finished, others, report = distill(
             source, done, text, recipe, spec, device, lambda part: tell.progress("distill", part)
         )

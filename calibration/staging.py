@@ -148,15 +148,18 @@ class Staging:
             if entry.name != _LOCK:
                 remove(entry)
 
-    def start_over(self, overwrite: bool) -> None:
-        """Remove what an earlier run left; UserError if that would lose finished blocks and ``overwrite`` is not
-        given."""
+    def refuse_finished(self, overwrite: bool) -> None:
+        """UserError if a new run would lose finished blocks and ``overwrite`` is not given."""
         done = self.finished_blocks()
         if done and not overwrite:
             raise UserError(
                 f"an interrupted run to {self.out} has {done} finished blocks; pass --resume to go on with it or "
                 "--overwrite to start again"
             )
+
+    def start_over(self, overwrite: bool) -> None:
+        """Remove what an earlier run left, unless ``refuse_finished``."""
+        self.refuse_finished(overwrite)
         self._empty()
 
     def write_run(self, text: str) -> None:

@@ -127,10 +127,13 @@ def test_every_tensor_is_trained_and_written_as_trained(tmp_path, no_judge, sett
 
 @pytest.mark.parametrize(("rate", "undone"), [(1e-3, False), (1.0, True)])
 def test_training_that_makes_held_out_rows_worse_is_undone(tmp_path, calib, rate, undone):
-    model, notes = make_model(tmp_path / "m"), []
+    model, notes, bars = make_model(tmp_path / "m"), [], {}
     recipe = make_recipe(**SMALL | {"distill_lr": rate, "distill_generated": 40})
-    out = quantize(
-        model, tmp_path / "out", recipe, str(calib), "cpu", callbacks=Callbacks(note=notes.append)
+    tell = Callbacks(note=notes.append, progress=lambda bar, part: bars.setdefault(bar, []).append(part))
+    out = quantize(model, tmp_path / "out", recipe, str(calib), "cpu", callbacks=tell)
+    assert [*bars][-2:] == ["write", "distill"]
+    assert all(
+        (parts[0], parts[-1]) == (0, 1) for parts in bars.values() if parts is not bars["quantize"]
     )
     plain = quantize(
         model, tmp_path / "plain", recipe.model_copy(update={"distill_epochs": 0}), str(calib), "cpu"
@@ -141,7 +144,9 @@ def test_training_that_makes_held_out_rows_worse_is_undone(tmp_path, calib, rate
     report = json.loads((out / "calibration_log.jsonl").read_text().splitlines()[-1])
     assert report["undone"] == undone
     assert (report["kl_held_out_after"] < report["kl_held_out_before"]) != undone
-    assert [("was undone" in note) for note in notes] == [undone]
+    assert "40 rows" in notes[0] and "--resume starts this stage again" in notes[0]
+    assert [("was undone" in note) for note in notes[1:]] == [undone]
+    assert f", then {recipe.distill_epochs} epochs end to end" in (out / "README.md").read_text()
     assert "ok" in next(verify_folder(str(out), "reference"))
 
 

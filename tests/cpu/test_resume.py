@@ -139,6 +139,10 @@ def test_a_left_over_run_is_never_lost_by_accident(interrupted, run, tmp_path, m
     assert (status, finished_blocks(tmp_path / "out")) == (1, 2)
     assert "2 finished blocks" in err
     assert "--resume" in err
+    read = []
+    with pytest.raises(UserError):  # before the weights are read, which can take minutes
+        quantize(*arguments, callbacks=Callbacks(progress=lambda stage, _: read.append(stage)))
+    assert not read
     assert "--overwrite" in err
     with pytest.raises(Stop):
         quantize(*arguments, overwrite=True, callbacks=stop_after(1))

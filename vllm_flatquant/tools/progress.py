@@ -19,7 +19,12 @@ from ..calibration.quantize_block import BlockReport
 from ..calibration.recipe import Recipe
 from ..calibration.staging import finished_blocks
 
-TITLES = {"check": "checking weights", "quantize": "quantizing", "distill": "training end to end"}
+TITLES = {
+    "check": "checking weights",
+    "quantize": "quantizing",
+    "write": "writing text",
+    "distill": "training end to end",
+}
 """Stage of ``Callbacks.progress`` -> what the bar is called."""
 
 
