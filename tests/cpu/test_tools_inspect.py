@@ -79,6 +79,18 @@ def test_where_nothing_was_trained_the_first_error_is_that_at_the_start():
     assert "2.00e+00 at the start, 1.00e+00 finished  (-50%)" in _error_lines([report])[1]
 
 
+def test_an_end_to_end_stage_has_a_line(run, checkpoints, tmp_path):
+    folder, judged = shutil.copytree(checkpoints[0], tmp_path / "copy"), []
+    log = folder / "calibration_log.jsonl"
+    assert "end to end" not in run("inspect", folder)[1]
+    for before, after, undone in ((0.5, 0.25, False), (0.5, 0.75, True), (None, None, False)):
+        stage = {"kl_last_epoch": 1.0, "kl_held_out_before": before, "kl_held_out_after": after}
+        log.write_text(json.dumps({**stage, "undone": undone}) + "\n")
+        judged += [line for line in run("inspect", folder)[1].splitlines() if "end to end" in line]
+    assert "0.5000 before, 0.2500 after" in judged[0] and "undone" not in judged[0]
+    assert "0.7500 after; undone" in judged[1] and "not judged" in judged[2]
+
+
 def test_inspect_without_a_log_or_with_a_damaged_one(run, checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints[0], tmp_path / "copy")
     (folder / "calibration_log.jsonl").write_text("{")

@@ -78,6 +78,14 @@ def describe_folder(folder: str) -> dict[str, Any]:
             | {"trained": bool(report.get("epoch_losses"))}
             for report in calibration_log(path)
         ],
+        "end_to_end": next(
+            (
+                {k: report.get(k) for k in ("kl_held_out_before", "kl_held_out_after", "undone")}
+                for report in log_lines(path)
+                if "kl_last_epoch" in report
+            ),
+            None,
+        ),
         "here": {
             "capability": capability,
             "backend": backend.name,
@@ -108,10 +116,12 @@ def tensor_sizes(files: WeightFiles) -> dict[str, int]:
 
 
 def calibration_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a checkpoint's calibration_log.jsonl, one for each block; [] if there is none.
+    """``log_lines`` of the blocks, one for each."""
+    return [line for line in log_lines(path) if line.get("block") is not None]
 
-    Raises UserError if the file is damaged.
-    """
+
+def log_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a checkpoint's calibration_log.jsonl; [] if there is none. Raises UserError if it is damaged."""
     file = folder_file(path, "calibration_log.jsonl")
     if not file.is_file():
         return []
@@ -119,10 +129,11 @@ def calibration_log(path: Path) -> list[dict[str, Any]]:
         lines = [
             json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
         ]
-        reports = [line for line in lines if line.get("block") is not None]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is no object")
     except (ValueError, AttributeError, OSError) as error:
         raise UserError(f"{file} is damaged ({first_line(error)}); copy it again") from None
-    return reports
+    return lines
 
 
 def inspect_folder(folder: str) -> str:
@@ -148,6 +159,7 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
         f"serve with  vllm serve {found['folder']}",
         *_error_lines(found["errors"]),
+        *_end_to_end_lines(found["end_to_end"]),
     ]
 
 
@@ -184,6 +196,19 @@ def _error_lines(errors: list[dict[str, Any]]) -> list[str]:
         numbers = f"{before:.2e} {start}, {after:.2e} finished{share}" if known else "not recorded"
         lines.append(f"  block {report['block']:<4} {numbers}")
     return lines
+
+
+def _end_to_end_lines(stage: dict[str, Any] | None) -> list[str]:
+    if stage is None:
+        return []
+    before, after = stage["kl_held_out_before"], stage["kl_held_out_after"]
+    known = isinstance(before, float) and isinstance(after, float)
+    numbers = (
+        f"KL divergence {before:.4f} before, {after:.4f} after"
+        if known
+        else "not judged: no rows kept back"
+    )
+    return [f"  end to end {numbers}{'; undone' if stage['undone'] else ''}"]
 
 
 def verify_folder(folder: str, backend: str) -> Iterator[str]:
