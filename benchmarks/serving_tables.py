@@ -76,7 +76,7 @@ def _of(runs: Runs, prefixes: tuple[str, ...]) -> list[str]:
 
 
 def _ratio_table(runs: Runs, measures: list[str]) -> list[str]:
-    """Ratios to bf16, whose line has milliseconds (or its unit); the best peer comes last."""
+    """Ratios to bf16, whose line has milliseconds (or its unit); the best peer comes last. "-": no bf16 in that run."""
     lines = [_line(["", *(m.replace("_", " ") for m in measures)]), "|---" * (len(measures) + 1) + "|"]
     peers: dict[str, tuple[float, str]] = {}
     for name in _sorted(runs):
@@ -88,8 +88,10 @@ def _ratio_table(runs: Runs, measures: list[str]) -> list[str]:
                 cells.append("does not fit")
             elif not figure:
                 cells.append("")
-            elif name == "bf16" or ratio is None:
+            elif name == "bf16":
                 cells.append(f"{figure['value']:.2f}")
+            elif ratio is None:
+                cells.append("-")
             else:
                 cells.append(f"{ratio:.2f}")
                 if not name.startswith("flatquant") and "ran as" not in name:

@@ -286,6 +286,22 @@ def test_ratios_are_taken_and_shown_for_one_kind_of_engine(benchmarks, run, tmp_
     assert "| fp8 | 3.00 |" in new and "| 6.00 |" in new
 
 
+def test_a_figure_without_bf16_of_its_run_is_no_ratio(benchmarks, run, capsys):
+    now = run()
+    for name, number, measure, value in [
+        ("bf16", 1, "decode_b1", 8), ("flatquant-w4a4", 1, "decode_b1", 2), ("flatquant-w4a4", 2, "decode_b8", 5),
+        ("fp8", 2, "decode_b1", 7),
+    ]:  # fmt: skip
+        row = now.row("tiny", name, measure=measure, value=value, unit="ms", engine="own process")
+        now.table.append(row | {"run": number})
+    benchmarks.print_tables(now.args.results)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| bf16 (its own unit) | 8.00 |  |" in lines
+    assert "| flatquant-w4a4 | 4.00 | - |" in lines
+    assert "| fp8 | - |  |" in lines
+    assert "| best other than FlatQuant |  |  |" in lines
+
+
 def test_todays_code_is_shown_and_every_run_of_vllms(benchmarks, run, capsys):
     """The newest run has no bf16, the oldest comes last in the file: neither is the ratio that is shown."""
     now = run()
