@@ -214,6 +214,10 @@ def resolve_folder(model: str | Path) -> Path:
     path = Path(model)
     if path.is_dir():
         return path
+    if path.is_file():
+        holds = (path.absolute().parent / "config.json").is_file()
+        fix = f"give its folder, {path.absolute().parent}" if holds else "give a model's folder"
+        raise UserError(f"{model} is a file; {fix}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(model)) or path.exists():
         raise UserError(
             f"model folder {model} does not exist; give a folder or a Hugging Face name (org/name)"

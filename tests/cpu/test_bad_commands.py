@@ -67,7 +67,8 @@ def check(message, parts):
 
 NOT_OURS = [
     ("nope", ("nope", "does not exist")),
-    ("file", ("does not exist",)),
+    ("file", ("file is a file; give a model's folder",)),
+    ("model/config.json", ("is a file; give its folder", "/model")),
     ("empty", ("no config.json",)),
     ("model", ("is not quantized",)),
     ("awq", ("another method ('awq')",)),

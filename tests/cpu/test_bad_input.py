@@ -57,7 +57,7 @@ def test_hub_name_that_cannot_be_downloaded(refuses, monkeypatch):
 
 
 def test_folder_is_a_file(refuses, calib):
-    refuses("does not exist", source=calib)
+    refuses("is a file; give a model's folder", source=calib)
 
 
 def test_no_config(refuses, model):
