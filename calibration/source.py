@@ -42,6 +42,11 @@ SIDE_FILES = (
 )
 """Tokenizer, generation and licence files that go along with a checkpoint."""
 
+FROM_HUB = ("*.safetensors", "*.json", *SIDE_FILES, "README.md", "calibration_log.jsonl")
+NOT_FROM_HUB = ("consolidated*", "*/*")
+"""What a download fetches, and what of it not: Mistral's second copy of all weights, and subfolders, which nothing
+reads."""
+
 GOLDEN = "golden.safetensors"
 """A checkpoint's self-test, no part of the weights."""
 
@@ -224,7 +229,9 @@ def resolve_folder(model: str | Path) -> Path:
         )
     try:
         return Path(
-            snapshot_download(str(model), allow_patterns=["*.safetensors", "*.json", *SIDE_FILES])
+            snapshot_download(
+                str(model), allow_patterns=list(FROM_HUB), ignore_patterns=list(NOT_FROM_HUB)
+            )
         )
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
         why = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,4 +1,5 @@
-"""A hub that does not answer is found out at once, and one that does, with whatever status, is left to its library."""
+"""A hub that does not answer is found out at once, and one that does, with whatever status, is left to its library.
+Of a model's repository what is read is downloaded, and nothing else."""
 
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -6,7 +7,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
 
+from vllm_flatquant.calibration import source
 from vllm_flatquant.calibration.hub import check_hub
 
 
@@ -49,3 +52,42 @@ def test_a_hub_that_is_not_there(hub, caplog):
     caplog.clear()
     check_hub()
     assert (hub.asked, caplog.text) == (0, "")
+
+
+WANTED = [
+    "LICENSE",
+    "README.md",
+    "calibration_log.jsonl",
+    "chat_template.jinja",
+    "config.json",
+    "generation_config.json",
+    "golden.safetensors",
+    "model-00001-of-00002.safetensors",
+    "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+]
+UNREAD = [
+    "consolidated-00001-of-00002.safetensors",
+    "consolidated.safetensors",
+    "consolidated.safetensors.index.json",
+    "onnx/config.json",
+    "original/consolidated.00.pth",
+    "original/tokenizer.model",
+    "pytorch_model.bin",
+    "unet/model.safetensors",
+]
+
+
+def test_what_is_downloaded(monkeypatch, tmp_path):
+    asked = []
+
+    def download(name, **patterns):
+        asked.append((name, list(filter_repo_objects(sorted(WANTED + UNREAD), **patterns))))
+        return str(tmp_path)
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    assert source.resolve_folder("org/name") == tmp_path
+    assert asked == [("org/name", WANTED)]
