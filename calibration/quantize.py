@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -52,7 +51,7 @@ from .quantize_block import REPORT, BlockReport, load_block, quantize_block, sav
 from .recipe import Recipe
 from .rotation import Rotation, rotated
 from .source import GOLDEN, ModelSource, WeightFiles
-from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out
+from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out, explained
 from .streams import (
     FULL,
     QUANTIZED,
@@ -431,21 +430,6 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def explained(out: Path, staging: Staging) -> Iterator[None]:
-    """Errors of the file system as one sentence; every error says which blocks are kept."""
-    try:
-        yield
-    except (OSError, SafetensorError, UserError) as error:
-        done = staging.finished_blocks()
-        kept = f"; finished blocks are kept for --resume: {done}" if done else ""
-        if isinstance(error, UserError):
-            raise type(error)(str(error) if "--resume" in str(error) else f"{error}{kept}") from None
-        why = getattr(error, "strerror", None) or str(error).rpartition("I/O error: ")[2]
-        fix = "free space" if done else "free space or choose another --out"
-        raise UserError(f"{out} cannot be written ({why}); {fix}{kept}") from error
 
 
 def stream_device(recipe: Recipe, source: ModelSource, device: torch.device) -> torch.device:

@@ -6,13 +6,16 @@ stage that is being worked on has the suffix ``.tmp``. Whoever opens the folder 
 of one run (parallel.py) the first does, for all.
 """
 
+import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from safetensors import SafetensorError
 from typing_extensions import Self
 
 from . import parallel
@@ -244,3 +247,41 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
+
+
+_FIXES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space or have the quota raised",
+    errno.EFBIG: "raise the limit on a file's size (ulimit -f, or the file system's)",
+    errno.EACCES: "change who may use it",
+    errno.EPERM: "change who may use it",
+    errno.EROFS: "make it writable",
+}
+"""Number of a file system's error -> what to do about it. There are many others, with many causes."""
+
+
+@contextmanager
+def explained(out: Path, staging: Staging) -> Iterator[None]:
+    """Errors of the file system as one sentence, with what to do; every error says which blocks are kept."""
+    try:
+        yield
+    except (OSError, SafetensorError, UserError) as error:
+        done = staging.finished_blocks()
+        kept = f"; finished blocks are kept for --resume: {done}" if done else ""
+        if isinstance(error, UserError):
+            raise type(error)(str(error) if "--resume" in str(error) else f"{error}{kept}") from None
+        file, why, number = _told(error)
+        fix = _FIXES.get(number, "remove the cause and try again")  # type: ignore[arg-type]
+        if file is not None and not any(file.is_relative_to(x) for x in (out, staging.folder)):
+            raise UserError(f"{file} cannot be used ({why}); {fix}{kept}") from error
+        fix += "" if done else " or choose another --out"
+        raise UserError(f"{out} cannot be written ({why}); {fix}{kept}") from error
+
+
+def _told(error: OSError | SafetensorError) -> tuple[Path | None, str, int | None]:
+    """The file that an error is about if it says so, the reason, its number."""
+    if isinstance(error, OSError):
+        about = error.filename if error.filename2 is None else None  # a copy names what it reads first
+        return Path(about) if isinstance(about, str) else None, error.strerror or str(error), error.errno
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return None, str(error).rpartition("I/O error: ")[2], int(number[1]) if number else None

@@ -259,7 +259,7 @@ def test_files_that_may_not_grow(tmp_path, model, calib, samples, room, kept):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room * 1024, before[1]))
     try:
-        with pytest.raises(UserError, match="File too large.*free space"):
+        with pytest.raises(UserError, match="File too large.*limit on a file"):
             quantize(*arguments)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
