@@ -60,17 +60,17 @@ class DistillReport:
     def __str__(self) -> str:
         if self.kl_held_out_before is None:
             return (
-                f"end-to-end stage: KL divergence of its own text {self.kl_first_epoch:.4f} in the first epoch, "
+                "end-to-end stage: KL divergence from the unquantized model on the text of the training "
+                f"{self.kl_first_epoch:.4f} in the first epoch, "
                 f"{self.kl_last_epoch:.4f} in the last (nats per token); nothing tells whether that helps other text, "
                 f"as fewer than {HELD_OUT_PART} calibration rows leave none to judge by; use more --samples"
             )
-        change = f"from {self.kl_held_out_before:.4f} to {self.kl_held_out_after:.4f}"
-        if self.worse:
-            return (
-                f"the end-to-end stage took held-out calibration rows {change} nats per token, so it was undone; "
-                "give it more text or a smaller distill_lr"
-            )
-        return f"end-to-end stage: KL divergence of held-out calibration rows {change} nats per token"
+        change = (
+            "end-to-end stage: KL divergence from the unquantized model on held-out calibration rows "
+            f"{self.kl_held_out_before:.4f} -> {self.kl_held_out_after:.4f} nats per token"
+        )
+        undone = ", so it was undone; give it more text or a smaller distill_lr" if self.worse else ""
+        return change + undone
 
 
 def memory_needed(source: ModelSource, recipe: Recipe) -> tuple[int, int, int]:

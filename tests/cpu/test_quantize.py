@@ -218,7 +218,7 @@ def test_a_block_that_got_worse_is_said(after, said, losses, words):
         skipped_steps=0,
     )
     assert (f"worse than {words}" in block_line(report)) == said
-    assert f"mean squared error 1.00e+00 -> {after:.2e}" in block_line(report)
+    assert f"mean squared error of its output 1.00e+00 -> {after:.2e}" in block_line(report)
 
 
 def test_the_first_line_says_what_is_made():
@@ -229,4 +229,24 @@ def test_the_first_line_says_what_is_made():
     assert described(all_of_it) == (
         "w4a16 with a scale for every 128 weights, an 8-bit KV cache, an 8-bit output head, RTN"
     )
-    assert calibration(all_of_it, "y").endswith("2048 tokens of y, 15 epochs, 3 end to end")
+    assert calibration(all_of_it, "y").endswith(
+        "2048 tokens of y, 15 epochs for each block, 3 epochs end to end"
+    )
+    one = make_recipe(epochs=1, distill_epochs=1)
+    assert calibration(one, "y").endswith("of y, 1 epoch for each block, 1 epoch end to end")
+
+
+def test_what_a_log_file_gets(run, model, tmp_path, calib):
+    """Without a progress bar: what the lines are, in their order."""
+    recipe = make_recipe(**SMALL | {"epochs": 1}, distill_epochs=3, distill_generated=0)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(calib))
+    words = ("--recipe", tmp_path / "recipe.yaml", "--out", tmp_path / "out", "--device", "cpu")
+    said = run("quantize", model, *words)[1].splitlines()
+    first, check, *blocks, distill, judged, last = said
+    assert "1 epoch for each block, 3 epochs end to end" in first
+    assert check == "checking weights" and distill.startswith("note: end-to-end stage: 3 epochs;")
+    assert [line.split("  ")[0] for line in blocks] == ["block 1/2", "block 2/2"]
+    assert judged.startswith(
+        "note: end-to-end stage: KL divergence from the unquantized model on held-out"
+    )
+    assert last.startswith("wrote ")

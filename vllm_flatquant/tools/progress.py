@@ -58,6 +58,10 @@ def quantize_with_progress(
         def on_progress(stage: str, done: float) -> None:
             if stage not in tasks:
                 tasks[stage] = progress.add_task(TITLES[stage], total=1.0)
+                if (
+                    stage == "check" and not console.is_terminal
+                ):  # minutes in which a log file gets nothing
+                    console.print(TITLES[stage])
             progress.update(tasks[stage], completed=done)
 
         callbacks = Callbacks(
@@ -85,10 +89,10 @@ def described(recipe: Recipe) -> str:
 
 
 def calibration(recipe: Recipe, calib: str) -> str:
-    """``calibrating on 128 x 2048 tokens of stdlib, 15 epochs``"""
+    """``calibrating on 128 x 2048 tokens of stdlib, 15 epochs for each block, 3 epochs end to end``"""
     parts = [f"calibrating on {recipe.samples} x {recipe.seq_len} tokens of {calib}"]
-    parts += [f"{recipe.epochs} epochs"] if recipe.epochs else []
-    parts += [f"{recipe.distill_epochs} end to end"] if recipe.distill_epochs else []
+    for epochs, of in ((recipe.epochs, "for each block"), (recipe.distill_epochs, "end to end")):
+        parts += [f"{epochs} {'epoch' if epochs == 1 else 'epochs'} {of}"] if epochs else []
     parts += [f"{parallel.world()} processes"] if parallel.world() > 1 else []
     return ", ".join(parts)
 
@@ -98,7 +102,7 @@ WORSE = 1.5
 
 
 def block_line(report: BlockReport) -> str:
-    """``block 3/32  mean squared error 3.1e-04 -> 8.2e-05  41 s  peak 11.3 GB``"""
+    """``block 3/32  mean squared error of its output 3.1e-04 -> 8.2e-05  41 s  peak memory 11.3 GB``"""
     extra = f"  {report.skipped_steps} steps skipped" if report.skipped_steps else ""
     if not report.error_after < WORSE * report.error_before:
         extra += "  worse than " + (
@@ -107,6 +111,6 @@ def block_line(report: BlockReport) -> str:
             else "at the start: choose another rounding"
         )
     return (
-        f"block {report.block + 1}/{report.blocks}  mean squared error {report.error_before:.2e} -> "
-        f"{report.error_after:.2e}  {report.seconds:.1f} s  peak {report.peak_memory_gb:.1f} GB{extra}"
+        f"block {report.block + 1}/{report.blocks}  mean squared error of its output {report.error_before:.2e} -> "
+        f"{report.error_after:.2e}  {report.seconds:.1f} s  peak memory {report.peak_memory_gb:.1f} GB{extra}"
     )
