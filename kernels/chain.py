@@ -126,6 +126,7 @@ register("chain", _chain_cuda, _chain_cpu, _chain_fake)
 
 
 def chain(inputs: Sequence[Tensor], program: str) -> list[Tensor]:
-    """Run a program of this package's operators on ``inputs``. Numbers are those of the operators, bit for bit."""
+    """Run a program of this package's operators on ``inputs``. Numbers are those of the operators, bit for bit,
+    and so are errors."""
     result: list[Tensor] = torch.ops.flatquant.chain(inputs, program)
     return result

@@ -87,12 +87,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
     args: what the kernel takes when it runs. meta: its compile-time arguments, which come after those in its
     signature, and Triton's options; hashable. A prefill has no CUDA graph, so that a step of it on a fast
-    GPU can have to wait for the host: docs/decisions.md.
+    GPU can have to wait for the host: docs/decisions.md. RuntimeError if the first argument is on another GPU
+    than the current one.
     """
     if INTERPRET:
         kernel[grid](*args, **meta)
         return
-    key = (id(kernel), torch.cuda.current_device(), *meta.values(), *map(_specialization, args))
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0].base  # of a TensorDescriptor
+    current = check_device(first.get_device())
+    key = (id(kernel), current, *meta.values(), *map(_specialization, args))
     found = _COMPILED.get(key)
     if found is None:
         collected = getattr(_local, "collected", None)
@@ -109,6 +112,17 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if recorder is not None:
         tokens = kernel.arg_names.index("t") if "t" in kernel.arg_names else None
         recorder.launched(found[0], grid, [*args, *found[1]], tokens)
+
+
+def check_device(index: int) -> int:
+    """The current GPU, on whose stream kernels start; RuntimeError if ``index`` is another. -1: memory of the CPU."""
+    current = torch.cuda.current_device()
+    if index not in (current, -1):
+        raise RuntimeError(
+            f"flatquant: the tensors are on cuda:{index}, the current device is cuda:{current}; "
+            f"call the operator inside `with torch.cuda.device({index}):`"
+        )
+    return current
 
 
 STEP, EXACT = 64, 256

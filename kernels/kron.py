@@ -317,7 +317,8 @@ def kron(x: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """The transform alone, as W4A16 uses it: the Triton kernel on CUDA, the reference on the CPU.
 
     x: [T, K] bf16, fp16 or float32. left: [S, a, a] or None. right: [S, b, b] or None. Factors are best
-    in x's dtype. Returns [T, K] in x's dtype. Raises ValueError if the factors do not fit x.
+    in x's dtype. Returns [T, K] in x's dtype. Raises ValueError if the factors do not fit x, RuntimeError if x
+    is on another GPU than the current one.
     """
     if left is None and right is None:
         return x

@@ -124,7 +124,7 @@ def kron_quant(
     x: [T, K] bf16, fp16 or float32. left: [S, a, a] or None. right: [S, b, b] or None (head form); both
     None: plain quantization. clip: float32 [S]. bits: 4 or 8. Factors are best in x's dtype.
     Returns codes int8 [T, K] (4-bit values stay one per byte) and scale float32 [T, S].
-    Raises ValueError if the factors do not fit x.
+    Raises ValueError if the factors do not fit x, RuntimeError if x is on another GPU than the current one.
     """
     return torch.ops.flatquant.kron_quant(x, left, right, clip, bits)
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from .jit import is_persistent, leading, room
+from .jit import check_device, is_persistent, leading, room
 
 _ALIGN = 256
 _MOST_MAPS = 4096
@@ -147,8 +147,10 @@ class Replay:
         self._workspace, self._device = workspace, device
 
     def run(self, pointers: list[int], tokens: int) -> list[Tensor]:
-        """``pointers``: addresses of the inputs, which have a row for each of ``tokens``. Returns the results."""
+        """``pointers``: addresses of the inputs, which have a row for each of ``tokens``. Returns the results.
+        RuntimeError if the recording was made on another GPU than the current one."""
         results = [torch.empty(shape, dtype=d, device=self._device) for shape, _, d in self._results]
+        check_device(results[0].get_device())
         workspace = torch.empty(self._workspace, dtype=torch.uint8, device=self._device)
         every = [*pointers, *[result.data_ptr() for result in results], workspace.data_ptr()]
         stream = torch.cuda.current_stream(self._device).cuda_stream

@@ -161,6 +161,7 @@ def rmsnorm_kron_quant(
     x, residual: [T, K] bf16, fp16 or float32. norm_weight: [K]. Factors, clip and bits as ``kron_quant``
     with S = 1. Returns codes int8 [T, K], scale float32 [T, 1] and the new residual ``x + residual`` (``x``
     itself where residual is None; the op underneath then returns an empty tensor, since it may not alias).
+    Errors as ``kron_quant``.
     """
     codes, scale, total = torch.ops.flatquant.rmsnorm_kron_quant(
         x, residual, norm_weight, eps, left, right, clip, bits

@@ -275,7 +275,8 @@ def w4_gemm(
 
     codes: int8 [T, K]. scale: float32 [T, S]. weight: uint8, ``pack_device(codes of [N, K], S)``.
     weight_scale: float32, N elements. bias: N elements or None. Returns [T, N] in ``out_dtype``
-    (bfloat16 or float16; float32 too on the CPU). Raises ValueError if the shapes do not fit each other.
+    (bfloat16 or float16; float32 too on the CPU). Raises ValueError if the shapes do not fit each other,
+    RuntimeError if the codes are on another GPU than the current one.
     """
     return torch.ops.flatquant.w4_gemm(codes, scale, weight, weight_scale, bias, out_dtype)
 

@@ -119,7 +119,7 @@ def w8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None = Non
     """The Triton kernel on CUDA (cuBLAS above ``MOST_TOKENS`` tokens), the reference on the CPU.
 
     x: [T, K] bf16, fp16 or float32. codes: int8 [N, K]. scale: float32 [N, 1]. bias: [N] or None.
-    Returns [T, N] in x's dtype.
+    Returns [T, N] in x's dtype. Raises RuntimeError if x is on another GPU than the current one.
     """
     return torch.ops.flatquant.w8_linear(x, codes, scale, bias)
 

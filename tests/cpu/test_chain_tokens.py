@@ -282,3 +282,14 @@ def test_rows_that_differ_between_inputs_are_recorded_exactly(device):
         a, b = torch.randn(tokens, 4), torch.randn(tokens, 4)
         assert torch.equal(made.run([a, b, torch.randn(others, 4)])[0], a + b)
     assert len(made.recordings) == 3
+
+
+def test_a_recording_of_another_gpu_is_refused(device, monkeypatch):
+    made = program(["add", [*IN, 3]], results=[["out", 0, None]])
+    inputs = [torch.randn(300, 4), torch.randn(300, 4)]
+    made.run(inputs)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
+    with pytest.raises(RuntimeError, match="on cuda:1, the current device is cuda:0"):
+        made.run(inputs)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert torch.equal(made.run(inputs)[0], inputs[0] + 3 * inputs[1])

@@ -1,5 +1,7 @@
 """kernels/jit.py: launch() asks Triton for a variant once, and again for whatever would be another variant."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,6 +65,24 @@ def test_another_kernel_or_device_is_asked_for(kernel, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     jit.launch(kernel, (3,), torch.zeros(64), 48, BLOCK=16, FLAG=True)
     assert (len(kernel.asked), len(other.asked)) == (2, 1)
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: SimpleNamespace(base=x)])
+def test_tensors_of_another_gpu_are_refused_known_variant_or_not(kernel, monkeypatch, wrap):
+    """A tensor, and a descriptor of one."""
+    monkeypatch.setattr(jit, "_specialization", lambda argument: type(argument))
+    for device in (-1, 0):  # -1: the CPU, which is for Triton to judge
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda _, device=device: device)
+        jit.launch(kernel, (3,), wrap(torch.zeros(64)), 48, BLOCK=16, FLAG=True)
+    assert (len(kernel.asked), len(kernel.started)) == (1, 1)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda _: 1)
+    for block in (16, 32):
+        with pytest.raises(RuntimeError, match=r"on cuda:1, the current.* cuda:0; .*device\(1\)"):
+            jit.launch(kernel, (3,), wrap(torch.zeros(64)), 48, BLOCK=block, FLAG=True)
+    assert (len(kernel.asked), len(kernel.started)) == (1, 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    jit.launch(kernel, (3,), wrap(torch.zeros(64)), 48, BLOCK=16, FLAG=True)
+    assert len(kernel.asked) == 2
 
 
 def test_without_gluon_it_is_said_once(caplog):
