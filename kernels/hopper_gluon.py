@@ -11,6 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from .jit import Unaligned
+
 # Triton 3.6 to 3.9: the names changed, the operations did not.
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
@@ -43,11 +45,13 @@ def descriptor(
 ) -> TensorDescriptor:
     """Bulk loads or stores of blocks of ``base``'s memory, taken as [rows, columns].
 
-    A descriptor's own checks take longer than a launch, so they are made once for each kind.
+    A descriptor's own checks take longer than a launch, so they are made once for each kind. Raises Unaligned.
     """
+    if base.data_ptr() % 16:
+        raise Unaligned
     key = base.dtype, columns, block_rows, block_columns, swizzle
     known = _KNOWN.get(key)
-    if known is None or base.data_ptr() % 16:
+    if known is None:
         layout = gl.NVMMASharedLayout(
             swizzle_byte_width=swizzle, element_bitwidth=8 * base.element_size(), rank=2
         )

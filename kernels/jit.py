@@ -76,6 +76,15 @@ def has_gluon(module: str) -> bool:
     return True
 
 
+class Unaligned(ValueError):
+    """Memory that bulk loads cannot take: it does not start at a multiple of 16 bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "flatquant: this kernel takes memory that starts at a multiple of 16 bytes only"
+        )
+
+
 _COMPILED: dict[tuple[Any, ...], tuple[Any, list[Any]]] = {}
 _PERSISTENT: list[torch.Tensor] = []
 _local = threading.local()

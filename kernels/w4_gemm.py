@@ -14,7 +14,19 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .jit import INTERPRET, empty, has_gluon, hopper, launch, leading, register, room, tl, triton
+from .jit import (
+    INTERPRET,
+    Unaligned,
+    empty,
+    has_gluon,
+    hopper,
+    launch,
+    leading,
+    register,
+    room,
+    tl,
+    triton,
+)
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
 
@@ -170,7 +182,8 @@ def w4_gemm_triton(
         codes, scale, weight.view(torch.int8), weight_scale, weight_scale if bias is None else bias, out,
         t, n, k, shard_blocks, S=shards, HAS_BIAS=bias is not None,
         EVEN=shard_blocks % tile.kb == 0 and k == blocks * KBLOCK,
-        BM=tile.bm, BN=tile.bn, KB=tile.kb, GROUP=tile.group, PREFETCH=tile.prefetch if on_hopper else 0,
+        BM=tile.bm, BN=tile.bn, KB=tile.kb, GROUP=tile.group,
+        PREFETCH=tile.prefetch if tile.prefetch and on_hopper and weight.data_ptr() % 16 == 0 else 0,
         PDL=on_hopper, ASM=not INTERPRET, THREADS=32 * tile.warps,
         num_warps=tile.warps, num_stages=tile.stages, **extra,
     )  # fmt: skip
@@ -205,7 +218,11 @@ def _w4_gemm_cuda(
     if t:
         codes, scale = codes.contiguous(), scale.contiguous()
         tile = _tile(codes.device, room(t), n, k, scale.shape[1])
-        run_tile(codes, scale, weight, weight_scale, bias, out, tile)
+        try:
+            run_tile(codes, scale, weight, weight_scale, bias, out, tile)
+        except Unaligned:  # of codes or a weight that are part of other memory
+            plain = w4_gemm_tile("", False, room(t), n, k, scale.shape[1])
+            run_tile(codes, scale, weight, weight_scale, bias, out, plain)
     return leading(out, t)
 
 
@@ -227,7 +244,7 @@ def run_tile(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Run the kernel that ``tile`` names."""
+    """Run the kernel that ``tile`` names; Unaligned if it is Hopper's and cannot load what it is given."""
     if tile.ctas:
         from .w4_gemm_hopper import w4_gemm_hopper  # Gluon, so imported only where it is used
 

@@ -15,6 +15,7 @@ from vllm_flatquant.kernels import (
     rmsnorm_kron_quant,
     silu_mul_kron_quant,
     w4_gemm,
+    w4_gemm_hopper,
 )
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import PLAIN
@@ -58,7 +59,7 @@ class Unstarted:
 @pytest.fixture
 def card(monkeypatch):
     """A card to launch on that is not there: ``card(hopper)``."""
-    from vllm_flatquant.kernels import silu_mul_kron_quant_hopper, w4_gemm_hopper
+    from vllm_flatquant.kernels import silu_mul_kron_quant_hopper
 
     modules = [
         jit,
@@ -192,6 +193,32 @@ def test_small_numbers_of_tokens_are_laid_out_exactly(card):
         assert {shape[0] for shape, dtype in memory if dtype in (torch.bfloat16, torch.float32)} == {
             tokens
         }
+
+
+@pytest.mark.parametrize("what", [None, "codes", "weight"])
+@pytest.mark.parametrize("tokens", [16, 64, 300])
+def test_unaligned_memory_goes_to_the_plain_kernel(card, what, tokens):
+    """Bulk loads cannot take it. Nothing is asked for ahead by one either."""
+    card(True)
+
+    def memory(name, dtype, *shape):
+        size, shift = torch.Size(shape).numel(), 8 * (name == what)
+        return empty(size + shift, dtype=dtype)[shift:].view(shape)
+
+    codes = memory("codes", torch.int8, tokens, HIDDEN)
+    weight = memory("weight", torch.uint8, HIDDEN // 128, QKV, 64)
+    scale, weight_scale = empty(tokens, 1, dtype=torch.float32), empty(QKV, 1, dtype=torch.float32)
+    args = codes, scale, weight, weight_scale, None
+    assert w4_gemm._w4_gemm_cuda(*args, torch.bfloat16).shape == (tokens, QKV)
+    started = w4_gemm_hopper._w4_gemm_hopper_kernel.variants, w4_gemm._w4_gemm_kernel.variants
+    assert [len(variants) for variants in started] == ([1, 0] if what is None else [0, 1])
+    if what is not None:
+        out, ahead = empty(tokens, QKV), PLAIN[16]._replace(prefetch=4)
+        w4_gemm.run_tile(*args, out, ahead)
+        asked = {dict(variant).get("PREFETCH", 0) for variant in started[1]}  # (): one that was known
+        assert asked == {0, 4 * (what == "codes")}
+        with pytest.raises(jit.Unaligned, match="multiple of 16 bytes"):
+            w4_gemm.run_tile(*args, out, w4_gemm._tile(codes.device, tokens, QKV, HIDDEN, 1))
 
 
 KERNEL = Kernel("t", 4)
