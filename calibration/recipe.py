@@ -221,7 +221,14 @@ YAML_ERRORS = (yaml.YAMLError, ValueError, OSError, RecursionError)
 
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
-    "quick": {"samples": 16, "seq_len": 256, "epochs": 3, "rotation_steps": 10, "distill_generated": 48},
+    "quick": {
+        "samples": 16,
+        "seq_len": 256,
+        "epochs": 3,
+        "rotation_steps": 10,
+        "distill_epochs": 3,
+        "distill_generated": 48,
+    },
 }
 """Named settings for ``--preset``. ``quick`` is reduced: for trying things out, not for accuracy."""
 

@@ -268,10 +268,12 @@ class Chosen:
 
 
 def preset_settings(preset: str, recipe: str) -> dict[str, Any]:
-    """What ``--preset`` changes in a recipe (a name or a file): one that trains nothing keeps its 0 epochs, one whose
-    model writes no rows its 0 rows."""
+    """What ``--preset`` changes in a recipe (a name or a file): one that trains nothing keeps its 0 epochs, one
+    without a last stage or whose model writes no rows none of these."""
     chosen = choose_recipe(recipe).recipe
-    kept = [name for name in ("epochs", "distill_generated") if not getattr(chosen, name)]
+    kept = [
+        name for name in ("epochs", "distill_epochs", "distill_generated") if not getattr(chosen, name)
+    ]
     return {name: value for name, value in PRESETS[preset].items() if name not in kept}
 
 

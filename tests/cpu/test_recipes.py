@@ -172,6 +172,8 @@ def test_a_preset_trains_no_recipe_that_trains_nothing():
     assert preset_settings("quick", "flatquant-w4a4")["epochs"] == 3
     assert "epochs" not in preset_settings("quick", "quarot-w4a4-rtn")
     assert preset_settings("quick", "quarot-w4a4-rtn")["samples"] == 16
+    assert "distill_epochs" not in preset_settings("quick", "flatquant-w4a4")
+    assert preset_settings("quick", "flatquant-e2e-w4a4")["distill_epochs"] == 3
 
 
 def test_names_are_one_line():
