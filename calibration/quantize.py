@@ -145,8 +145,8 @@ def _ignore(*_: object) -> None: ...
 class Callbacks:
     """What a run tells while it works.
 
-    accepted: model, recipe and text passed the checks that need no weights. progress: of the stage ``check`` (of the weight files), ``quantize``, ``write`` (the text of the
-    last stage) or ``distill``, the finished fraction.
+    accepted: model, recipe and text passed the checks that need no weights. progress: of the stage ``check`` (of the
+    weight files), ``quantize``, ``write`` (the text of the last stage) or ``distill``, the finished fraction.
     """
 
     accepted: Callable[[], None] = _ignore

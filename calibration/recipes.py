@@ -67,7 +67,7 @@ WIDE_SETTINGS: dict[str, Any] = {
 }
 WIDE: dict[str, NamedRecipe] = {
     "flatquant-wide-w4a4": NamedRecipe(
-        "as flatquant-w4a4-gptq with larger transforms: more accurate, less than 1% slower",
+        "as flatquant-w4a4-gptq with larger transforms: more accurate, a little slower to serve",
         {**WIDE_SETTINGS, "rounding": "gptq"},
     ),
     "flatquant-wide-w4a4kv4": NamedRecipe(

@@ -1,7 +1,7 @@
 """Tests run on two cores beside others: waiting threads must not spin, and helpers are imported by name. The
 longest files go first, so that several processes (``pytest -n``) end at about the same time.
 
-Fixtures: a tiny random model, calibration tokens for it, and the command line.
+Fixtures: a tiny random model, calibration tokens for it, the command line, and what it refuses.
 """
 
 import os
@@ -67,3 +67,25 @@ def run(monkeypatch, capsys):
         return stopped.value.code or 0, out, err
 
     return call
+
+
+@pytest.fixture
+def refuses(run, tmp_path, model, calib):
+    """Check that `flatquant quantize` refuses with a message holding every given part."""
+
+    def check(*parts, options=(), source=None, tokens=None, leaves=()):
+        out = tmp_path / "out"
+        before = sorted(p.name for p in tmp_path.iterdir())
+        status, _, err = run(
+            *("quantize", source or model, "--out", out, "--calib", tokens or calib, "--device", "cpu"),
+            *("--samples", 4, "--seq-len", 24, "--epochs", 1, *options),
+        )
+        assert status == 1, err
+        lines = [line for line in err.splitlines() if line.startswith("flatquant: ")]
+        assert len(lines) == 1
+        assert "Traceback" not in err
+        for part in parts:
+            assert part in lines[0], lines[0]
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*before, *leaves])
+
+    return check

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from vllm_flatquant.calibration.data import calibration_tokens
 from vllm_flatquant.calibration.learned_rotation import SpinNetwork, learn_rotation
 from vllm_flatquant.calibration.recipes import choose_recipe
+from vllm_flatquant.calibration.reference import quantized_spec
 from vllm_flatquant.calibration.rotation import hadamard_rotation
 from vllm_flatquant.calibration.source import ModelSource
 
@@ -23,9 +24,14 @@ PLAIN = {**FEW, "epochs": 0, "diag": False, "weight_clip": False}
 
 
 @pytest.fixture(scope="module")
-def measure(tmp_path_factory):
-    """Perplexity of a recipe's checkpoint on held-out text, quantized once."""
-    checkpoints = Checkpoints(tmp_path_factory.mktemp("q"), 8)
+def checkpoints(tmp_path_factory):
+    """Each recipe quantized once."""
+    return Checkpoints(tmp_path_factory.mktemp("q"), 8)
+
+
+@pytest.fixture(scope="module")
+def measure(checkpoints):
+    """Perplexity of a recipe's checkpoint on held-out text."""
     return lambda name, **settings: checkpoints.make(name, **settings)[0]
 
 
@@ -34,9 +40,13 @@ def test_quarot_under_plain_rounding(measure, name):
     assert measure(name, **FEW) < 0.94 * measure("omniquant-w4a4", **PLAIN)
 
 
-def test_wide_factors_under_plain_rounding(measure):
+def test_wide_factors_under_plain_rounding(checkpoints):
     """Under balanced factors too with more text (docs/decisions.md); in 24 steps the two do not differ."""
-    assert measure("flatquant-wide-w4a4", **TRAINED) < 0.93 * measure("omniquant-w4a4", **PLAIN)
+    found, folder = checkpoints.make("flatquant-wide-w4a4", **TRAINED)
+    sites = quantized_spec(folder).sites
+    for site, left in ((sites.qkv, 2), (sites.gate_up, 2), (sites.down, 5)):
+        assert (site.left, site.right) == (left, 128)
+    assert found < 0.93 * checkpoints.make("omniquant-w4a4", **PLAIN)[0]
 
 
 def test_gptq_under_rtn_behind_rotations(measure):
