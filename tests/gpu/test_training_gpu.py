@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "cpu"))
 from tiny_model import make_model, random_tokens
 
 from vllm_flatquant.calibration import capture, endtoend, train
+from vllm_flatquant.calibration.attention import attention_forward
 from vllm_flatquant.calibration.block import TrainableBlock
 from vllm_flatquant.calibration.matrices import MATRICES
 from vllm_flatquant.calibration.quantize import make_spec, quantize_block
@@ -119,6 +120,27 @@ def test_matrices_of_every_size_are_captured(kind, shape):
         found.append(torch.stack([trainer.step(x) for x in data]))
         assert (trainer.graph is not None) == graph
     torch.testing.assert_close(*found, rtol=1e-4, atol=0)
+
+
+def test_attention_of_grouped_heads_keeps_no_square_of_the_tokens():
+    """Fused, in float32 and not TF32; its gradients too."""
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 4, True
+    torch.manual_seed(0)
+    shapes = (1, 8, 2048, 64), (1, 2, 2048, 64), (1, 2, 2048, 64)
+    exact = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    inputs = [x.detach().float().cuda().requires_grad_() for x in exact]
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = []
+    for q, k, v in (exact, inputs):
+        out, _ = attention_forward(module, q, k, v, None)
+        out.square().sum().backward()
+        results.append([out, q.grad, k.grad, v.grad])
+    assert torch.cuda.max_memory_allocated() - before < 8 * 2048**2 * 4
+    for wide, ours in zip(*results, strict=True):
+        error = (ours.cpu() - wide).abs().max() / wide.abs().max()
+        assert error < 2**-14, error  # TF32 keeps 11 bits
 
 
 def test_a_failed_capture_gives_its_memory_back(caplog, monkeypatch):
