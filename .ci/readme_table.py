@@ -33,15 +33,6 @@ BLOCKS = {
     "flatquant-e2e-w4a8": f'w4a8,rounding="gptq",{SHARED}',
 }
 """Recipe -> its stage block by block as ablation.csv writes it; ``LAST_STAGE`` follows."""
-EARLIER_LAST_STAGE = (
-    "distill_epochs=3,distill_generated=2048,distill_batch_size=8,distill_lr=3e-3,distill_weight_lr=3e-3,"
-    'precision="high"'
-)
-EARLIER = {
-    "flatquant-e2e-w4a4": 'w4a4,rounding="gptq",epochs=5,diag_rows="normalized"',
-    "flatquant-e2e-w4a4kv4": 'w4a4,kv=4,rounding="gptq",epochs=5,diag_rows="normalized"',
-}
-"""The same for settings that a recipe had before; shown until the present ones are measured."""
 SIZES = {"samples": 128, "seq_len": 1024}
 """Calibration of all of them."""
 STAGES = ("blocks_seconds", "written_seconds", "last_seconds")
@@ -85,20 +76,10 @@ def usual(rows: Rows) -> Rows:
     return [r for r in rows if ":" not in r["config"] and calib == r["calib"]]
 
 
-def end_to_end_stages(rows: Rows) -> dict[str, tuple[str, str]]:
-    """End-to-end recipe -> its two stages as they were measured: the present ones, else those of ``EARLIER``."""
-    there = {row["variant"] for row in rows if row["text"] in FINAL}
-    stages = {name: (blocks, LAST_STAGE) for name, blocks in BLOCKS.items()}
-    for name, blocks in EARLIER.items():
-        if ";".join(stages[name]) not in there:
-            stages[name] = blocks, EARLIER_LAST_STAGE
-    return stages
-
-
 def as_recipes(rows: Rows) -> Rows:
     """Of the rows of ablation.csv those of the recipes ``BLOCKS``, and of the first stage alone (``flatquant-wide-*``),
     as rows of accuracy.csv, in the order of seeds."""
-    names = {";".join(stages): name for name, stages in end_to_end_stages(rows).items()}
+    names = {f"{blocks};{LAST_STAGE}": name for name, blocks in BLOCKS.items()}
     names |= {f"{blocks};": name.replace("e2e", "wide") for name, blocks in BLOCKS.items()}
     found = []
     for row in sorted(rows, key=lambda row: int(row["seed"])):
@@ -161,15 +142,13 @@ def frontier(ablation: Rows, peers: Rows) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     last = by_config(on(as_recipes(ablation), (354, 390)))
-    measured = end_to_end_stages(ablation)
     for name, aims in AIMS.items():
-        blocks = measured[name][0]
         bits = name.rpartition("-")[2]
         own = by_config(
             [{**r, "config": r["system"]} for r in on(peers, (354, 390)) if r["bits"] == bits]
         )
         plain = by_config(
-            [{**r, "config": ""} for r in on(ablation, (354, 390)) if r["variant"] == f"{blocks};"]
+            [{**r, "config": ""} for r in on(ablation, (354, 390)) if r["variant"] == f"{BLOCKS[name]};"]
         )
         for text, aim in zip(FINAL, aims, strict=True):
             after = last[name][text]

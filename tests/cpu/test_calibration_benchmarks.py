@@ -224,23 +224,8 @@ def test_rows_of_the_end_to_end_table_are_the_recipes():
         settings = ablation.parse(blocks) | ablation.parse(readme.LAST_STAGE)
         assert make_recipe(**settings) == RECIPES[name].recipe()
         assert make_recipe(**ablation.parse(blocks)) == RECIPES[name.replace("e2e", "wide")].recipe()
-    assert readme.EARLIER.keys() <= readme.BLOCKS.keys()
     found = {row["config"] for row in readme.as_recipes(readme.read("ablation"))}
     assert readme.AIMS.keys() <= found <= RECIPES.keys()
-
-
-def test_earlier_settings_are_shown_until_the_present_ones_are_measured():
-    readme = script(ROOT / ".ci" / "readme_table.py")
-    name = "flatquant-e2e-w4a4"
-    row = {"seed": "0", "jobs": "", "text": "python-heldout"}
-    before = {**row, "variant": f"{readme.EARLIER[name]};{readme.EARLIER_LAST_STAGE}", "perplexity": "6"}
-    now = {**row, "variant": f"{readme.BLOCKS[name]};{readme.LAST_STAGE}", "perplexity": "5"}
-    for rows, value, epochs in (([before], "6", 5), ([before, now], "5", 15)):
-        (found,) = readme.as_recipes(rows)
-        assert found["config"] == name and found["perplexity"] == value
-        assert json.loads(found["settings"])["epochs"] == epochs
-    validation = {**now, "text": "python-valid"}
-    assert readme.as_recipes([before, validation])[0]["perplexity"] == "6"
 
 
 def test_the_last_of_two_equal_measurements_counts():
