@@ -21,7 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from vllm_flatquant.chaining import chain_operators
 from vllm_flatquant.kernels.kron_quant import kron_quant
 from vllm_flatquant.kernels.pack import pack_device
+from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.w4_gemm import w4_gemm
 
@@ -80,6 +82,8 @@ def calls(t: int) -> dict[str, Callable[[], object]]:
         "rmsnorm_kron_quant": lambda: rmsnorm_kron_quant(x, x, norm, 1e-5, *factors, clip, 4),
         "kron_quant (heads)": lambda: kron_quant(x, heads, None, clip, 4),
         "silu_mul_kron_quant": lambda: silu_mul_kron_quant(packed, *wide, clip, 4),
+        "rmsnorm_kron": lambda: rmsnorm_kron(x, x, norm, 1e-5, *factors),
+        "silu_mul_kron": lambda: silu_mul_kron(packed, *wide),
         "w4_gemm": lambda: w4_gemm(codes, scale, weight, weight_scale, None, torch.bfloat16),
         "torch.mm": lambda: torch.mm(x, dense),
     }

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import torch
 from timing import copies
 
-from vllm_flatquant.kernels.kron import empty_codes
+from vllm_flatquant.kernels.kron import empty_codes, kron
 from vllm_flatquant.kernels.kron_quant import kron_quant
+from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.w4_gemm import w4_gemm
 from vllm_flatquant.kernels.w8_linear import w8_linear
@@ -222,9 +224,14 @@ def transform_makers(a: int, b: int, peers: bool) -> dict[str, tuple[Callable[[]
 
         return lambda: at
 
-    def silu_and_mul(gate_up: torch.Tensor) -> None:
+    def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
         out = torch.empty(gate_up.shape[0], k, device=DEVICE, dtype=BF16)
         torch.ops._C.silu_and_mul(out, gate_up)
+        return out
+
+    def add_norm(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        torch.ops._C.fused_add_rms_norm(x, residual, norm, 1e-5)
+        return x
 
     makers = {
         "clone": (on_inputs(torch.clone, k), 4.0 * k),
@@ -236,12 +243,21 @@ def transform_makers(a: int, b: int, peers: bool) -> dict[str, tuple[Callable[[]
         "silu_mul_kron_quant": (
             on_inputs(lambda x: silu_mul_kron_quant(x, left, right, clip, 4), 2 * k), 5.0 * k,
         ),
+        "kron": (on_inputs(lambda x: kron(x, left, right), k), 4.0 * k),
+        "rmsnorm_kron": (
+            on_inputs(lambda x, r: rmsnorm_kron(x, r, norm, 1e-5, left, right), k, k), 8.0 * k,
+        ),
+        "silu_mul_kron": (on_inputs(lambda x: silu_mul_kron(x, left, right), 2 * k), 6.0 * k),
     }  # fmt: skip
     if peers and has_vllm():
-        makers["vLLM fused_add_rms_norm"] = (
-            on_inputs(lambda x, r: torch.ops._C.fused_add_rms_norm(x, r, norm, 1e-5), k, k), 8.0 * k,
-        )  # fmt: skip
+        makers["vLLM fused_add_rms_norm"] = on_inputs(add_norm, k, k), 8.0 * k
         makers["vLLM silu_and_mul"] = on_inputs(silu_and_mul, 2 * k), 6.0 * k
+        makers["vLLM fused_add_rms_norm, then kron"] = (
+            on_inputs(lambda x, r: kron(add_norm(x, r), left, right), k, k), 8.0 * k,
+        )  # fmt: skip
+        makers["vLLM silu_and_mul, then kron"] = (
+            on_inputs(lambda x: kron(silu_and_mul(x), left, right), 2 * k), 6.0 * k,
+        )  # fmt: skip
     return makers
 
 

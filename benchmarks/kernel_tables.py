@@ -27,6 +27,9 @@ BESIDE = {
     "kron_quant head": "clone",
     "rmsnorm_kron_quant": "vLLM fused_add_rms_norm",
     "silu_mul_kron_quant": "vLLM silu_and_mul",
+    "kron": "clone",
+    "rmsnorm_kron": "vLLM fused_add_rms_norm, then kron",
+    "silu_mul_kron": "vLLM silu_and_mul, then kron",
 }
 """What a transform is compared with."""
 LAYER = {  # a line of the layer's table: what it divides by what

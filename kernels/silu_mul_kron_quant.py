@@ -1,6 +1,8 @@
 """SiLU(gate) * up, Kronecker transform and quantization in one step, from the packed gate_up output.
 
 Z = L^T (silu(gate) * up) R,   scale[t, s] = clip[s] * max|Z[t, block s]| / qmax
+
+The kernels have a second form, without quantization: ``silu_mul_kron.py``.
 """
 
 from collections.abc import Sequence
@@ -47,13 +49,13 @@ def _load(x_ptr, token, t, stride_x, k, inside):
 
 
 @triton.jit(do_not_specialize=["t"])
-def _silu_mul_kron_quant_kernel(
+def _silu_mul_kron_kernel(
     x_ptr,  # [T, 2*K]: gate, then up; rows stride_x apart
     l_ptr,  # [S, a, a]
     r_ptr,  # [S, b, b]
-    clip_ptr,  # float32 [S]
-    codes_ptr,  # int8 [T, K]
-    scale_ptr,  # float32 [T, S]
+    clip_ptr,  # float32 [S]; any pointer where QMAX is 0
+    out_ptr,  # [T, K]: codes, int8; where QMAX is 0 what would be quantized, in x's dtype
+    scale_ptr,  # float32 [T, S]; any pointer where QMAX is 0
     t,
     stride_x,
     a,
@@ -71,7 +73,8 @@ def _silu_mul_kron_quant_kernel(
 ):
     shard, shards = tl.program_id(1), tl.num_programs(1)
     left_t, right = load_factors(l_ptr, r_ptr, shard, a, b, A, B, L, R, x_ptr.dtype.element_ty)
-    clip = tl.load(clip_ptr + shard)
+    if QMAX:
+        clip = tl.load(clip_ptr + shard)
     i, j = tl.arange(0, A)[:, None], tl.arange(0, B)[None, :]
     inside = (i < a) & (j < b)
     at = shard * a * b + i * b + j
@@ -92,9 +95,13 @@ def _silu_mul_kron_quant_kernel(
             x = tl.inline_asm_elementwise(
                 "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2
             )
-        codes, scale = quantize(transform(x, left_t, right, L, R, WIDE), clip, QMAX, ASM)
-        tl.store(codes_ptr + token * tl.cast(k, tl.int64) + at, codes, mask=inside)
-        tl.store(scale_ptr + token * shards + shard, scale)
+        z = transform(x, left_t, right, L, R, WIDE)
+        if QMAX:
+            codes, scale = quantize(z, clip, QMAX, ASM)
+            tl.store(out_ptr + token * tl.cast(k, tl.int64) + at, codes, mask=inside)
+            tl.store(scale_ptr + token * shards + shard, scale)
+        else:
+            tl.store(out_ptr + token * tl.cast(k, tl.int64) + at, z.to(gate.dtype), mask=inside)
 
 
 def on_hopper(x: Tensor, left: Tensor | None, right: Tensor | None, shards: int) -> bool:
@@ -118,6 +125,36 @@ def suits(t: int, shards: int, left: Sequence[int], right: Sequence[int], sms: i
     return enough and left[0] == shards and 64 < left[1] <= 128 and right[1] in (64, 128)
 
 
+def start(
+    x: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    shards: int,
+    out: Tensor,
+    quantizer: tuple[Tensor, Tensor, int] | None = None,
+) -> None:
+    """Launch the kernel for these sizes, which fills ``out``.
+
+    x: gate_up as ``rows`` gives it, with factors that are ``fused``. out: codes int8 [T, K]; in x's dtype
+    without a ``quantizer``: clip, scale (to be filled) and the largest code.
+    """
+    t, k = x.shape[0], x.shape[1] // 2
+    clip, scale, most = quantizer or (x, x, 0)
+    if on_hopper(x, left, right, shards):
+        assert left is not None and right is not None
+        # Gluon, so imported only where it is used
+        from .silu_mul_kron_quant_hopper import silu_mul_kron_quant_hopper
+
+        silu_mul_kron_quant_hopper(x, left, right, clip, out, scale, most)
+        return
+    p = plan(x, k, left, right, shards, "silu")
+    if t:
+        launch(
+            _silu_mul_kron_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
+            clip, out, scale, t, x.stride(0), p.a, p.b, QMAX=most, **p.meta,
+        )  # fmt: skip
+
+
 def silu_mul_kron_quant_triton(
     gate_up: Tensor, left: Tensor | None, right: Tensor | None, clip: Tensor, bits: int
 ) -> tuple[Tensor, Tensor]:
@@ -128,20 +165,7 @@ def silu_mul_kron_quant_triton(
         return silu_mul_kron_quant_ref(x, left, right, clip, bits)
     codes = empty_codes(t, k, x.device)
     scale = leading(empty((room(t), shards), torch.float32, x.device), t)
-    if on_hopper(x, left, right, shards):
-        assert left is not None and right is not None
-        # Gluon, so imported only where it is used
-        from .silu_mul_kron_quant_hopper import silu_mul_kron_quant_hopper
-
-        silu_mul_kron_quant_hopper(x, left, right, clip, codes, scale, qmax(bits))
-        return codes, scale
-    p = plan(x, k, left, right, shards, "silu")
-    if t:
-        launch(
-            _silu_mul_kron_quant_kernel, p.grid, x, x if left is None else left.contiguous(), x if right is None else right.contiguous(),
-            clip, codes, scale, t, x.stride(0), p.a, p.b, QMAX=qmax(bits),
-            **p.meta,
-        )  # fmt: skip
+    start(x, left, right, shards, codes, (clip, scale, qmax(bits)))
     return codes, scale
 
 

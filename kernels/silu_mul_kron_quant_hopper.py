@@ -3,7 +3,9 @@
 The plain kernel is a chain for each token: load, SiLU, product, product, maximum, store; while it computes, it
 loads nothing. Here one warp only loads (TMA, a ring of half tokens) and eight transform. Nothing moves between
 registers but through the products: activations are read in the layout of the first product's register operand,
-and the columns of R are permuted so that a thread's outputs are 16 neighbours, which it stores at once.
+and the columns of R are permuted so that a thread's outputs are neighbours, 16 bytes of which it stores at once.
+
+Without quantization (QMAX is 0, ``silu_mul_kron.py``) the outputs are those of the products, in x's dtype.
 """
 
 from torch import Tensor
@@ -47,33 +49,34 @@ def _silu_mul(gate, up):
 
 
 @gluon.jit
-def _product_order(x):
-    """Columns 64 c + 16 q + 2 g + e (of 64 c + 8 g + 2 q + e) at the place where lane q of a quad holds them."""
+def _product_order(x, N: gl.constexpr):
+    """Columns 4N c + N q + 2 g + e (of 4N c + 8 g + 2 q + e) at the place where lane q of a quad holds them."""
     A: gl.constexpr = x.shape[0]
     B: gl.constexpr = x.shape[1]
-    return x.reshape([A, B // 64, 4, 8, 2]).permute((0, 1, 3, 2, 4)).reshape([A, B])
+    return x.reshape([A, B // (4 * N), 4, N // 2, 2]).permute((0, 1, 3, 2, 4)).reshape([A, B])
 
 
 @gluon.jit
-def _output_order(x):
-    """The inverse of ``_product_order``, with a thread's 16 neighbours in consecutive registers."""
+def _output_order(x, N: gl.constexpr):
+    """The inverse of ``_product_order``, with a thread's N neighbours in consecutive registers."""
     A: gl.constexpr = x.shape[0]
     B: gl.constexpr = x.shape[1]
-    x = x.reshape([A, B // 64, 8, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([A, B])
-    return gl.convert_layout(x, _output_layout(A, B, gl.num_warps()))
+    x = x.reshape([A, B // (4 * N), N // 2, 4, 2]).permute((0, 1, 3, 2, 4)).reshape([A, B])
+    return gl.convert_layout(x, _output_layout(A, B, gl.num_warps(), N))
 
 
 @constexpr_function
-def _output_layout(a, b, warps):
-    columns = [[0, 1], [0, 2], [0, 4], [0, 8]] + [[0, 64 << i] for i in range(b.bit_length() - 7)]
+def _output_layout(a, b, warps, n):
+    columns = [[0, 1 << i] for i in range(n.bit_length() - 1)]
+    columns += [[0, 4 * n << i] for i in range(b.bit_length() - (4 * n).bit_length())]
     rows = [[16 << i, 0] for i in range(a.bit_length() - 5)]
     count = warps.bit_length() - 1
-    lanes = [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]]
+    lanes = [[0, n], [0, 2 * n], [1, 0], [2, 0], [4, 0]]
     return gl.DistributedLinearLayout(columns + [[8, 0]] + rows[count:], lanes, rows[:count], [], [a, b])
 
 
 @gluon.jit
-def _load_factors(l_ptr, r_ptr, l_buf, r_buf, a: gl.constexpr):
+def _load_factors(l_ptr, r_ptr, l_buf, r_buf, a: gl.constexpr, N: gl.constexpr):
     """L as it is, zero beyond a, and R with columns in product order into shared memory."""
     A: gl.constexpr = l_buf.shape[0]
     B: gl.constexpr = r_buf.shape[0]
@@ -85,7 +88,7 @@ def _load_factors(l_ptr, r_ptr, l_buf, r_buf, a: gl.constexpr):
     j = gl.arange(0, A, gl.SliceLayout(0, layout))[None, :]
     left = gl.load(l_ptr + i * a + j, mask=(i < a) & (j < a), other=0.0)
     l_buf.store(left)
-    r_buf.store(_product_order(right))
+    r_buf.store(_product_order(right, N))
     fence_async_shared()
 
 
@@ -137,8 +140,8 @@ def _load(x_desc, x_bufs, ready, free, t, shard, shards, a: gl.constexpr, HALVES
 
 @gluon.jit
 def _transform(
-    tiles, l_buf, r_buf, y_buf, ready, free, clip_ptr, codes_ptr, scale_ptr, t, shard, shards, a: gl.constexpr,
-    MASK: gl.constexpr, QMAX: gl.constexpr, PDL: gl.constexpr,
+    tiles, l_buf, r_buf, y_buf, ready, free, clip_ptr, out_ptr, scale_ptr, t, shard, shards, a: gl.constexpr,
+    N: gl.constexpr, MASK: gl.constexpr, QMAX: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Consumer warps: SiLU, both products, quantization, store."""
     STAGES: gl.constexpr = tiles.shape[0] // 2
@@ -147,11 +150,12 @@ def _transform(
     B: gl.constexpr = r_buf.shape[0]
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [gl.num_warps(), 1], [16, B, 16])
     x_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
-    out_layout: gl.constexpr = _output_layout(A, B, gl.num_warps())
+    out_layout: gl.constexpr = _output_layout(A, B, gl.num_warps(), N)
     row = gl.arange(0, A, gl.SliceLayout(1, x_layout))[:, None]
     i = gl.arange(0, A, gl.SliceLayout(1, out_layout))[:, None]
     j = gl.arange(0, B, gl.SliceLayout(0, out_layout))[None, :]
-    clip = gl.load(clip_ptr + shard)
+    if QMAX:
+        clip = gl.load(clip_ptr + shard)
     wait_for_inputs(PDL)
     step = 0
     for token in range(gl.program_id(0), t, gl.num_programs(0)):
@@ -176,20 +180,24 @@ def _transform(
         z = gl.zeros([A, B], gl.float32, acc_layout)
         z = warpgroup_mma(l_buf.permute((1, 0)), y_buf, z, use_acc=False, is_async=True)
         z = warpgroup_mma_wait(0, deps=[z])
-        codes, scale = _quantize(z, clip, QMAX)
         block = gl.cast(token, gl.int64) * shards + shard
-        gl.store(codes_ptr + block * (a * B) + i * B + j, _output_order(codes), mask=(i < a) & (j < B))
-        gl.store(scale_ptr + block, scale)
+        out = out_ptr + block * (a * B) + i * B + j
+        if QMAX:
+            codes, scale = _quantize(z, clip, QMAX)
+            gl.store(out, _output_order(codes, N), mask=(i < a) & (j < B))
+            gl.store(scale_ptr + block, scale)
+        else:
+            gl.store(out, _output_order(z.to(DTYPE), N), mask=(i < a) & (j < B))
 
 
 @gluon.jit(do_not_specialize=["t"])
-def _silu_mul_kron_quant_hopper_kernel(
+def _silu_mul_kron_hopper_kernel(
     x_desc,  # [T * 2 * S * a, B] in boxes of ROWS x 64
     l_ptr,  # [S, a, a]
     r_ptr,  # [S, B, B]
-    clip_ptr,  # float32 [S]
-    codes_ptr,  # int8 [T, K]
-    scale_ptr,  # float32 [T, S]
+    clip_ptr,  # float32 [S]; any pointer where QMAX is 0
+    out_ptr,  # [T, K]: codes, int8; where QMAX is 0 in x's dtype
+    scale_ptr,  # float32 [T, S]; any pointer where QMAX is 0
     t,
     a: gl.constexpr,  # 65 to 128
     B: gl.constexpr,  # 64 or 128
@@ -200,6 +208,7 @@ def _silu_mul_kron_quant_hopper_kernel(
     A: gl.constexpr = 128
     ROWS: gl.constexpr = x_desc.block_type.shape[0]
     MASK: gl.constexpr = a % ROWS != 0
+    N: gl.constexpr = 128 // out_ptr.dtype.element_ty.primitive_bitwidth
     DTYPE: gl.constexpr = x_desc.dtype
     wide: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     shard, shards = gl.program_id(1), gl.num_programs(1)
@@ -220,11 +229,11 @@ def _silu_mul_kron_quant_hopper_kernel(
         layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
         for i in gl.static_range(STAGES * 2):
             tiles.index(i).store(gl.zeros([A, 64], DTYPE, layout))
-    _load_factors(l_ptr + shard * a * a, r_ptr + shard * B * B, l_buf, r_buf, a)
+    _load_factors(l_ptr + shard * a * a, r_ptr + shard * B * B, l_buf, r_buf, a, N)
     gl.warp_specialize(
         [
-            (_transform, (tiles, l_buf, r_buf, y_buf, ready, free, clip_ptr, codes_ptr, scale_ptr, t, shard, shards,
-                          a, MASK, QMAX, PDL)),
+            (_transform, (tiles, l_buf, r_buf, y_buf, ready, free, clip_ptr, out_ptr, scale_ptr, t, shard, shards,
+                          a, N, MASK, QMAX, PDL)),
             (_load, (x_desc, x_bufs, ready, free, t, shard, shards, a, B // 64, STAGES, PDL)),
         ],
         [1],
@@ -233,14 +242,17 @@ def _silu_mul_kron_quant_hopper_kernel(
 
 
 def silu_mul_kron_quant_hopper(
-    x: Tensor, left: Tensor, right: Tensor, clip: Tensor, codes: Tensor, scale: Tensor, qmax: int
+    x: Tensor, left: Tensor, right: Tensor, clip: Tensor, out: Tensor, scale: Tensor, qmax: int
 ) -> None:
-    """Write codes [T, K] and scale [T, S]. Shapes as ``silu_mul_kron_quant``; what this takes, ``on_hopper`` says."""
-    t, shards, a, b = x.shape[0], clip.shape[0], left.shape[1], right.shape[1]
+    """Write codes [T, K] and scale [T, S]. Shapes as ``silu_mul_kron_quant``; what this takes, ``on_hopper`` says.
+
+    qmax: 0 writes the transform to ``out``, in x's dtype, and neither reads ``clip`` nor writes ``scale``.
+    """
+    t, (shards, a, _), b = x.shape[0], left.shape, right.shape[1]
     there = x.untyped_storage().nbytes() // x.element_size() - x.storage_offset()
     rows = min(room(t), there // x.shape[1])  # those that memory holds
     launch(
-        _silu_mul_kron_quant_hopper_kernel, (min(room(t), max(1, multiprocessors(x.device) // shards)), shards),
-        descriptor(x, rows * 2 * shards * a, b, ROWS, 64, 128), left.contiguous(), right.contiguous(), clip, codes, scale,
+        _silu_mul_kron_hopper_kernel, (min(room(t), max(1, multiprocessors(x.device) // shards)), shards),
+        descriptor(x, rows * 2 * shards * a, b, ROWS, 64, 128), left.contiguous(), right.contiguous(), clip, out, scale,
         t, a=a, B=b, QMAX=qmax, PDL=True, launch_pdl=True, **OPTIONS,
     )  # fmt: skip

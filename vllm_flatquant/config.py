@@ -105,7 +105,7 @@ class FlatQuantConfig(QuantizationConfig):
             _compat.logger.info(
                 "FlatQuant %s: %s backend (%s)", self.spec.scheme, self.backend.name, self.backend.reason
             )
-            if fusion.active(self.backend.name, self.spec.activations.bits):
+            if fusion.active(self.backend.name, self.spec):
                 fusion.install()
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)

@@ -4,13 +4,14 @@
     fused_add_rms_norm, kron_quant   -> rmsnorm_kron_quant, with the residual
     silu(gate) * up, kron_quant      -> silu_mul_kron_quant
 
-and then operators of ours that follow each other become one call (``chaining.py``).
+with 16-bit activations likewise kron -> rmsnorm_kron and silu_mul_kron; and then operators of ours that follow
+each other become one call (``chaining.py``).
 
 A pass over the post-grad graph of the compiler, in vLLM's public slot for one, so that its ``uuid`` is in
 every cache key. It looks at the producer of each transform's input and leaves alone what it does not know:
-a value with a second consumer, another activation, a norm over a part of its input, a norm in fp16 (the
-fused kernel transforms what is not normed yet, which can be beyond 65504). ``VLLM_FLATQUANT_FUSION=0``
-turns it off. Without the compiler (``--enforce-eager``) nothing is fused.
+a value with a second consumer, another activation, a norm over a part of its input, a norm in fp16 before
+a quantization (that kernel transforms what is not normed yet, which can be beyond 65504).
+``VLLM_FLATQUANT_FUSION=0`` turns it off. Without the compiler (``--enforce-eager``) nothing is fused.
 """
 
 import hashlib
@@ -26,13 +27,20 @@ from torch import fx
 from . import _compat
 from .chaining import chain_operators
 from .errors import UnsupportedError
-from .kernels.kron_quant import kron_quant  # noqa: F401 (defines the op that is looked for)
+from .kernels import kron, kron_quant  # noqa: F401 (they define the operators that are looked for)
+from .kernels.rmsnorm_kron import rmsnorm_kron
 from .kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from .kernels.silu_mul_kron import silu_mul_kron
 from .kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from .kernels.tiles import warmup_tokens
+from .spec import FlatQuantSpec
 
 SWITCH = "VLLM_FLATQUANT_FUSION"
 _OPS = torch.ops.flatquant
+_FUSED = {  # what is looked for: what it becomes behind a norm, and behind an activation
+    "flatquant::kron_quant": (_OPS.rmsnorm_kron_quant.default, _OPS.silu_mul_kron_quant.default),
+    "flatquant::kron": (_OPS.rmsnorm_kron.default, _OPS.silu_mul_kron.default),
+}
 _VIEWS = ("aten::view", "aten::reshape", "aten::_unsafe_view")
 _FROM_END = 2**63 - 1
 
@@ -60,15 +68,17 @@ class Fused:
         )
 
 
-def active(backend: str, bits: int) -> bool:
-    """Whether the run that is being built fuses: kernels for it, compiled graphs, and not switched off.
+def active(backend: str, spec: FlatQuantSpec) -> bool:
+    """Whether the run that is being built fuses: kernels and something for it, compiled graphs, and not switched off.
 
-    bits: of activations. Raises UnsupportedError if the environment variable is neither 0 nor 1.
+    Raises UnsupportedError if the environment variable is neither 0 nor 1.
     """
     value = os.environ.get(SWITCH, "1")
     if value not in ("0", "1"):
         raise UnsupportedError(f"{SWITCH} is {value!r}; set it to 0 (off) or 1 (on, the default)")
-    return value == "1" and backend == "triton" and bits < 16 and _compat.compiles_graphs()
+    sites = spec.sites
+    some = spec.activations.bits < 16 or any((sites.qkv, sites.gate_up, sites.down))
+    return value == "1" and backend == "triton" and some and _compat.compiles_graphs()
 
 
 def install() -> None:
@@ -86,7 +96,7 @@ def fuse(graph: fx.Graph) -> Fused:
     order = {node: index for index, node in enumerate(graph.nodes)}
     norms = activations = alone = 0
     for node in list(graph.nodes):
-        if _name(node) != "flatquant::kron_quant" or len(node.args) != 5:
+        if _name(node) not in _FUSED or node.kwargs:
             continue
         if _fuse_norm(graph, node, order):
             norms += 1
@@ -99,10 +109,12 @@ def fuse(graph: fx.Graph) -> Fused:
     return Fused(norms, activations, alone)
 
 
-def _fuse_norm(graph: fx.Graph, quant: Any, order: dict[fx.Node, int]) -> bool:
-    """Fuse ``quant`` with the norm that makes its input, if that is all the norm's output is for."""
-    x, *factors, bits = quant.args
-    source = _only_for(x, quant)
+def _fuse_norm(graph: fx.Graph, transform: Any, order: dict[fx.Node, int]) -> bool:
+    """Fuse ``transform`` with the norm that makes its input, if that is all the norm's output is for."""
+    fused, _ = _FUSED[_name(transform)]
+    x, *rest = transform.args
+    tensors = [argument for argument in rest if isinstance(argument, fx.Node)]
+    source = _only_for(x, transform)
     norm: Any = source
     if source is not None and source.target is operator.getitem and source.args[1] == 0:
         norm = source.args[0]
@@ -118,26 +130,32 @@ def _fuse_norm(graph: fx.Graph, quant: Any, order: dict[fx.Node, int]) -> bool:
     others = [] if norm is source else [user for user in norm.users if user is not source]
     if any(user.target is not operator.getitem or user.args[1] != 1 for user in others):
         return False
-    one_block = _value(factors[2]).shape[0] == 1
+    one_block = all(_value(tensor).shape[0] == 1 for tensor in tensors)
     same_type = _value(normed).dtype == _value(weight).dtype == _value(source).dtype
     flat = _value(normed).dim() == 2 and (
         residual is None or _value(residual).dtype == _value(normed).dtype
     )
-    # The fused kernel leaves 1/rms out until the end, and fp16 does not reach that far.
-    in_range = _value(normed).dtype != torch.float16
+    # The kernel that quantizes leaves 1/rms out until the end, and fp16 does not reach that far.
+    in_range = fused is not _OPS.rmsnorm_kron_quant.default or _value(normed).dtype != torch.float16
     # The new node takes the norm's place, so that whoever wants the residual comes after it.
-    ready = all(not isinstance(f, fx.Node) or order.get(f, len(order)) < order[norm] for f in factors)
+    ready = all(order.get(tensor, len(order)) < order[norm] for tensor in tensors)
     if not (one_block and same_type and flat and in_range and ready):
         return False
-    codes, scale = quant.meta["val"]
+    value = _value(transform)
+    results = value if isinstance(value, tuple) else (value,)
     total = _value(normed).new_empty(0) if residual is None else norm.meta["val"][1]
     with graph.inserting_before(norm):
-        new = graph.call_function(_OPS.rmsnorm_kron_quant.default, (*arguments, *factors, bits))
-        new.meta["val"] = (codes, scale, total)
-        parts = [_part(graph, new, index) for index in range(2 if residual is None else 3)]
-    _replace_parts(graph, quant, parts)
+        new = graph.call_function(fused, (*arguments, *rest))
+        new.meta["val"] = (*results, total)
+        parts = [_part(graph, new, index) for index in range(len(results) + (residual is not None))]
+    if results is not value:
+        transform.replace_all_uses_with(parts[0])
+    for user in list(transform.users):
+        user.replace_all_uses_with(parts[user.args[1]])
+        graph.erase_node(user)
+    graph.erase_node(transform)
     for user in others:
-        user.replace_all_uses_with(parts[2])
+        user.replace_all_uses_with(parts[-1])
     return True
 
 
@@ -156,18 +174,19 @@ def _norm_arguments(norm: Any) -> tuple[Any, Any, Any, float] | None:
     return x, residual, weight, eps
 
 
-def _fuse_silu_mul(graph: fx.Graph, quant: Any) -> bool:
-    """Fuse ``quant`` with the ``silu(gate) * up`` that makes its input, if that is all it is for."""
-    x, *rest = quant.args
-    product = _only_for(x, quant)
+def _fuse_silu_mul(graph: fx.Graph, transform: Any) -> bool:
+    """Fuse ``transform`` with the ``silu(gate) * up`` that makes its input, if that is all it is for."""
+    _, fused = _FUSED[_name(transform)]
+    x, *rest = transform.args
+    product = _only_for(x, transform)
     gate_up = None if product is None else _gate_up(product)
     if gate_up is None:
         return False
-    with graph.inserting_before(quant):
-        new = graph.call_function(_OPS.silu_mul_kron_quant.default, (gate_up, *rest))
-        new.meta["val"] = quant.meta["val"]
-        parts = [_part(graph, new, index) for index in range(2)]
-    _replace_parts(graph, quant, parts)
+    with graph.inserting_before(transform):
+        new = graph.call_function(fused, (gate_up, *rest))
+        new.meta["val"] = transform.meta["val"]
+    transform.replace_all_uses_with(new)
+    graph.erase_node(transform)
     return True
 
 
@@ -239,14 +258,6 @@ def _part(graph: fx.Graph, node: fx.Node, index: int) -> fx.Node:
     return part
 
 
-def _replace_parts(graph: fx.Graph, old: Any, parts: list[fx.Node]) -> None:
-    """Give the users of the results of ``old`` those in ``parts``."""
-    for user in list(old.users):
-        user.replace_all_uses_with(parts[user.args[1]])
-        graph.erase_node(user)
-    graph.erase_node(old)
-
-
 def _name(node: Any) -> str:
     """The operator that ``node`` calls, as ``namespace::name.overload``; empty for anything else."""
     target = node.target if isinstance(node, fx.Node) else None
@@ -271,19 +282,26 @@ class WarmUp:
 
     def run(self, layer: Any) -> None:
         """Run the fused kernels once for every token count that has a variant, with ``layer``'s factors."""
-        factors = layer.transform_left, layer.transform_right, layer.transform_clip
-        width, device = layer.input_size_per_partition, factors[2].device
-        if self.site == "o" or (self.site != "down" and self.dtype == torch.float16):
+        factors = layer.transform_left, layer.transform_right
+        clip = layer.transform_clip
+        quantizes = self.bits < 16
+        if self.site == "o" or (quantizes and self.site != "down" and self.dtype == torch.float16):
             return  # nothing is fused with these
+        rest = (*factors, clip, self.bits) if quantizes else factors
+        norm, silu_mul = (
+            (rmsnorm_kron_quant, silu_mul_kron_quant) if quantizes else (rmsnorm_kron, silu_mul_kron)
+        )
+        width = layer.input_size_per_partition
+        device = next(tensor.device for tensor in (*factors, clip) if tensor is not None)
         for count in warmup_tokens(self.tokens):
             if self.site == "down":
                 x = torch.zeros(count, 2 * width, dtype=self.dtype, device=device)
-                silu_mul_kron_quant(x, *factors, self.bits)
+                silu_mul(x, *rest)
                 continue
             x = torch.zeros(count, width, dtype=self.dtype, device=device)
             # The model's first norm has no residual.
             for residual in (None, x) if self.site == "qkv" else (x,):
-                rmsnorm_kron_quant(x, residual, x[0], 1e-6, *factors, self.bits)
+                norm(x, residual, x[0], 1e-6, *rest)
 
 
 class _Tally:

@@ -77,7 +77,7 @@ class FlatQuantLinearMethod(LinearMethodBase):
         self._runtime = make_runtime(self._spec, self._backend, self._shape, params_dtype)
         bits = self._spec.activations.bits
         self._fusion = None
-        if fusion.active(self._backend, bits):
+        if fusion.active(self._backend, self._spec):
             self._fusion = fusion.WarmUp(self._site.name, bits, params_dtype, _compat.token_limit())
         self._expected = ExpectedTensors(prefix)
         self._deployment = _compat.deployment()

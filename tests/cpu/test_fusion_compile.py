@@ -4,12 +4,15 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from vllm_flatquant import _compat, config, fusion, linear
-from vllm_flatquant.backend import IntegerTriton
+from vllm_flatquant.backend import IntegerTriton, WeightOnlyTorch
 from vllm_flatquant.choice import Choice
 from vllm_flatquant.errors import UnsupportedError
 from vllm_flatquant.kernels.chain import Program
+from vllm_flatquant.kernels.kron import kron
+from vllm_flatquant.spec import parse_spec
 
 from .tiny_checkpoint import VOCAB, Recipe, write_checkpoint
 from .vllm_model import engine_config, load_configured, start_single_process
@@ -61,22 +64,32 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
+class WeightOnly(WeightOnlyTorch):
+    """``WeightOnlyTriton`` with a product of PyTorch's in place of vLLM's."""
+
+    tokens = (1,)
+
+    def apply(self, layer, x, bias):
+        return F.linear(kron(x, layer.transform_left, layer.transform_right), layer.weight, bias)
+
+
 @pytest.fixture
 def triton(monkeypatch):
     """The GPU's backend, in float32 so that results can be compared closely."""
+
+    def make_runtime(spec, backend, shape, dtype):
+        if spec.activations.bits == 16:
+            return WeightOnly(spec.weights.bits, dtype)
+        return IntegerTriton(spec.activations.bits, spec.weights.bits, dtype)
+
     monkeypatch.setattr(config, "choose_backend", lambda _: Choice("triton", "test"))
-    monkeypatch.setattr(
-        linear,
-        "make_runtime",
-        lambda spec, backend, shape, dtype: IntegerTriton(
-            spec.activations.bits, spec.weights.bits, dtype
-        ),
-    )
+    monkeypatch.setattr(linear, "make_runtime", make_runtime)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="the compiler needs g++")
+@pytest.mark.parametrize("bits", [4, 16])
 def test_compiled_and_fused_model_equals_the_eager_one(
-    checkpoint, triton, monkeypatch, tmp_path_factory
+    tmp_path, triton, monkeypatch, tmp_path_factory, bits
 ):
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
 
@@ -84,12 +97,15 @@ def test_compiled_and_fused_model_equals_the_eager_one(
         monkeypatch.setenv(name, str(tmp_path_factory.mktemp("cache")))
     # It names operators that only a GPU build has.
     monkeypatch.setattr(FixFunctionalizationPass, "__call__", lambda self, graph: None)
+    checkpoint = tmp_path
+    write_checkpoint(checkpoint, Recipe(bits=bits, shards=2, layers=LAYERS))
     torch.manual_seed(0)
     token_ids = torch.randint(0, VOCAB, (9,))
     _kept, eager = run_model(engine_config(checkpoint), token_ids)
     calls, lines = [], []
     monkeypatch.setattr(_compat.logger, "info", lambda text, *rest: lines.append(text % rest))
-    for name in ("rmsnorm_kron_quant", "silu_mul_kron_quant"):
+    kernels = ("rmsnorm_kron", "rmsnorm_kron_quant", "silu_mul_kron", "silu_mul_kron_quant")
+    for name in kernels:
         monkeypatch.setattr(fusion, name, lambda *_, name=name: calls.append(name))  # warm-up only
     runs, interpret = [], Program.interpret
     monkeypatch.setattr(
@@ -101,14 +117,15 @@ def test_compiled_and_fused_model_equals_the_eager_one(
         )[1],
     )
     _, fused = run_model(compiled_config(checkpoint), token_ids)
-    assert set(calls) == {"rmsnorm_kron_quant", "silu_mul_kron_quant"}
+    assert set(calls) == {name for name in kernels if name.endswith("_quant") == (bits < 16)}
     (line,) = [line for line in lines if "FlatQuant fusion" in line]
     assert line.endswith(
         f"tokens: {2 * LAYERS} RMSNorm and {LAYERS} SiLU*mul fused with the transform after them, "
         f"{LAYERS} transforms on their own"
     )
-    # From attention to attention one call: o, gate_up and down of a layer and the next one's qkv.
-    assert runs == [2, *[8] * (LAYERS - 1), 6]
+    # From attention to attention one call: o, gate_up and down of a layer and the next one's qkv. With 16-bit
+    # activations the products are not ours.
+    assert runs == ([2, *[8] * (LAYERS - 1), 6] if bits < 16 else [])
     torch.testing.assert_close(fused, eager, rtol=0, atol=2e-4)
 
 
@@ -137,20 +154,23 @@ def test_switch_and_cache_key(checkpoint, triton, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, backend, bits",
+    "eager, backend, recipe, fuses",
     [
-        ({"enforce_eager": True}, "triton", 4),
-        ({"enforce_eager": False}, "torch", 4),
-        ({"enforce_eager": False}, "triton", 16),
+        (False, "triton", Recipe(), True),
+        (True, "triton", Recipe(), False),
+        (False, "torch", Recipe(), False),
+        (False, "triton", Recipe(bits=16), True),
+        (False, "triton", Recipe(bits=16, no_site=("qkv", "gate_up", "down")), False),
+        (False, "triton", Recipe(bits=16, no_site=("qkv", "o", "gate_up")), True),
+        (False, "triton", Recipe(no_site=("qkv", "o", "gate_up", "down")), True),
     ],
-    ids=["eager", "torch backend", "w4a16"],
+    ids=["w4a4", "eager", "torch", "w4a16", "a16 without", "a16 with down's", "a4 without transforms"],
 )
-def test_nothing_to_fuse(checkpoint, options, backend, bits):
+def test_when_there_is_something_to_fuse(checkpoint, eager, backend, recipe, fuses):
     from vllm.config import set_current_vllm_config
 
-    with set_current_vllm_config(engine_config(checkpoint, **options)):
-        assert not fusion.active(backend, bits)
-        assert fusion.active("triton", 4) == (not options["enforce_eager"])
+    with set_current_vllm_config(engine_config(checkpoint, enforce_eager=eager)):
+        assert fusion.active(backend, parse_spec(recipe.quantization_config())) == fuses
 
 
 def test_users_own_pass_runs_after_ours(checkpoint):

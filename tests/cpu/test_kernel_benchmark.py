@@ -79,8 +79,8 @@ def test_every_part_runs_and_is_not_run_again(bench, monkeypatch, capsys):
     every = "llama-8b,layer,transform,head,sharded,1024x256"
     rows = bench(f"--only={every}", "--tokens=1,16,3", "--print")
     count = {q: sum(r["question"] == q for r in rows) for q in ("gemm", "layer", "transform", "head")}
-    # Two kernels on four shapes and one of ours on two; three, five and two kernels; transforms at powers of two.
-    assert count == {"gemm": 3 * (2 * 4 + 2), "layer": 3 * 3, "transform": 2 * 5, "head": 3 * 2}
+    # Two kernels on four shapes and one of ours on two; three, eight and two kernels; transforms at powers of two.
+    assert count == {"gemm": 3 * (2 * 4 + 2), "layer": 3 * 3, "transform": 2 * 8, "head": 3 * 2}
     assert all(float(r["us"]) == 1.0 and float(r["floor_us"]) >= 0 for r in rows)
     printed = capsys.readouterr().out
     assert "| bf16 cuBLAS, us |" not in printed  # no model of the tables' was measured

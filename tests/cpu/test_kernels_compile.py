@@ -16,8 +16,8 @@ from vllm_flatquant.kernels.fake_quantize import _fake_quantize_backward_kernel,
 from vllm_flatquant.kernels.jit import INTERPRET
 from vllm_flatquant.kernels.kron import _kron_kernel
 from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
-from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_quant_kernel
-from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_quant_kernel
+from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_kernel
+from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_kernel
 from vllm_flatquant.kernels.w4_gemm import _w4_gemm_kernel
 from vllm_flatquant.kernels.w8_linear import _w8_linear_kernel
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles noth
 POINTERS = {
     "x_ptr": "bf16", "residual_ptr": "bf16", "weight_ptr": "bf16", "total_ptr": "bf16", "l_ptr": "bf16",
     "r_ptr": "bf16", "y_ptr": "bf16", "z_ptr": "bf16", "bias_ptr": "bf16", "codes_ptr": "i8", "w_ptr": "i8",
-    "clip_ptr": "fp32", "scale_ptr": "fp32", "x_scale_ptr": "fp32", "w_scale_ptr": "fp32",
+    "out_ptr": "i8", "clip_ptr": "fp32", "scale_ptr": "fp32", "x_scale_ptr": "fp32", "w_scale_ptr": "fp32",
 }  # fmt: skip
 
 
@@ -85,9 +85,13 @@ def test_w8_linear(arch: int, bm: int, bn: int, warps: int, stages: int) -> None
 TRANSFORMS = [
     (_kron_kernel, {}),
     (_kron_quant_kernel, {"QMAX": 7}),
-    (_rmsnorm_kron_quant_kernel, {"QMAX": 7, "RESIDUAL": True}),
-    (_silu_mul_kron_quant_kernel, {"QMAX": 7}),
+    (_rmsnorm_kron_kernel, {"QMAX": 7, "RESIDUAL": True}),
+    (_silu_mul_kron_kernel, {"QMAX": 7}),
+    (_rmsnorm_kron_kernel, {"QMAX": 0, "RESIDUAL": True}),
+    (_silu_mul_kron_kernel, {"QMAX": 0}),
 ]
+WHOLE = {"out_ptr": "bf16", "clip_ptr": "bf16", "scale_ptr": "bf16"}
+"""Types where a transform is not quantized; its launch gives any pointer for clip and scale."""
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
@@ -95,8 +99,8 @@ TRANSFORMS = [
 def test_transforms(arch: int, kernel, meta: dict) -> None:
     hopper = arch == 90
     ptx = compiled(
-        kernel, arch, 4, 2, A=64, B=64, L=True, R=True, WIDE=False, PDL=hopper, AHEAD=hopper, THREADS=128,
-        ASM=True, **meta,
+        kernel, arch, 4, 2, None if meta.get("QMAX") else WHOLE, A=64, B=64, L=True, R=True, WIDE=False,
+        PDL=hopper, AHEAD=hopper, THREADS=128, ASM=True, **meta,
     ).asm["ptx"]  # fmt: skip
     assert re.search(r"wgmma\.mma_async\S*bf16" if hopper else r"mma\.sync\S*bf16", ptx)
     assert ".local" not in ptx
@@ -157,23 +161,26 @@ def test_w4_gemm_hopper(
     assert waits.count("0x2") == 2 * shards and waits.count("0x0") == shards
 
 
+@pytest.mark.parametrize("most", [7, 0], ids=["codes", "16 bits"])
 @pytest.mark.parametrize("a,b,kind", [(112, 128, "bf16"), (100, 128, "bf16"), (80, 64, "fp16")])
-def test_silu_mul_kron_quant_hopper(a: int, b: int, kind: str) -> None:
-    """Both products take wgmma, codes leave 16 bytes at a time, and next to nothing spills."""
+def test_silu_mul_kron_quant_hopper(a: int, b: int, kind: str, most: int) -> None:
+    """Both products take wgmma, results leave 16 bytes at a time, and next to nothing spills."""
     pytest.importorskip("triton.experimental.gluon")
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from vllm_flatquant.kernels import silu_mul_kron_quant_hopper as module
 
-    kernel = module._silu_mul_kron_quant_hopper_kernel
+    kernel = module._silu_mul_kron_hopper_kernel
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     options = dict(module.OPTIONS)
-    meta = {"a": a, "B": b, "QMAX": 7, "STAGES": options.pop("STAGES"), "PDL": True}
+    meta = {"a": a, "B": b, "QMAX": most, "STAGES": options.pop("STAGES"), "PDL": True}
     types = {
         "x_desc": f"tensordesc<{kind}[{module.ROWS},64],{layout!r}>", "l_ptr": "*" + kind, "r_ptr": "*" + kind,
-        "clip_ptr": "*fp32", "codes_ptr": "*i8", "scale_ptr": "*fp32", "t": "i32",
+        "clip_ptr": "*fp32", "out_ptr": "*i8", "scale_ptr": "*fp32", "t": "i32",
     }  # fmt: skip
+    if not most:
+        types |= dict.fromkeys(WHOLE, "*" + kind)
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
         (i,): [["tt.divisibility", 16]]

@@ -6,7 +6,9 @@ import torch
 from vllm_flatquant.kernels.kron import kron_ref, kron_wide_ref
 from vllm_flatquant.kernels.kron_quant import kron_quant_ref
 from vllm_flatquant.kernels.quantize import fake_quant_kv_ref, quantize_ref
+from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron_ref
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant_ref
+from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron_ref
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant_ref, silu_mul_ref
 from vllm_flatquant.kernels.w4_gemm import int_matmul_ref, w4_gemm_ref
 
@@ -123,6 +125,38 @@ def test_fused_norm_is_norm_then_transform():
     assert (codes.int() - expected.int()).abs().max() <= 1
     assert (codes != expected).float().mean() < 0.001
     assert torch.allclose(scale, expected_scale, rtol=1e-5)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_fused_norm_of_16_bits_is_that_of_transformers(dtype, residual):
+    """Bit for bit, so a served W4A16 model is the reference backend's in the same dtype up to the order of sums."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    torch.manual_seed(0)
+    x, added = (3 * torch.randn(2, 33, 48)).to(dtype)
+    norm = LlamaRMSNorm(48, 1e-5).to(dtype)
+    norm.weight.data = (torch.randn(48) + 0.5).to(dtype)
+    left, right = factors(1, 6).to(dtype), factors(1, 8).to(dtype)
+    z, total = rmsnorm_kron_ref(x, added if residual else None, norm.weight.data, 1e-5, left, right)
+    assert torch.equal(total, x + added if residual else x)
+    assert torch.equal(z, kron_ref(norm(total).detach(), left, right))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fused_silu_of_16_bits_rounds_once_less(dtype):
+    """Against float64 it is at least as close as SiLU, a product and a transform of their own; within one step of them."""
+    torch.manual_seed(0)
+    gate, up = (3 * torch.randn(2, 64, 96)).to(dtype)
+    left, right = factors(2, 6).to(dtype), factors(2, 8).to(dtype)
+    fused = silu_mul_kron_ref(torch.cat([gate, up], dim=1), left, right).double()
+    separate = kron_ref(torch.nn.functional.silu(gate) * up, left, right).double()
+    product = torch.nn.functional.silu(gate.double()) * up.double()
+    exact = kron_ref(product, left.double(), right.double())
+    step = torch.finfo(dtype).eps
+    assert (fused - exact).norm() <= (separate - exact).norm() <= step * exact.norm()
+    assert ((fused - separate).norm(dim=1) <= step * exact.norm(dim=1)).all()
+    assert (fused != separate).any()
 
 
 def test_fused_silu_is_silu_then_transform():

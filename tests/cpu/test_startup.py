@@ -76,6 +76,27 @@ def test_workers_fill_the_cache_that_this_process_reads(cache):
 
 
 @compiles
+def test_fused_kernels_without_quantization_compile_ahead(cache):
+    """They are variants of the quantizing ones, and Triton finds what a worker compiled."""
+    from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron_triton
+    from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant_triton
+    from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron_triton
+
+    left = right = torch.eye(16)[None].bfloat16()
+    x, pair = torch.zeros(1, 256).bfloat16(), torch.zeros(1, 512).bfloat16()
+    with jit.collecting(ahead.describe) as found:
+        rmsnorm_kron_triton(x, x, x[0], 1e-6, left, right)
+        silu_mul_kron_triton(pair, left, right)
+        rmsnorm_kron_quant_triton(x, x, x[0], 1e-6, left, right, torch.ones(1), 4)
+    norm, silu_mul, quantizing = found.values()
+    assert json.loads(norm)["kernel"] == json.loads(quantizing)["kernel"] and norm != quantizing
+    workers = ahead.Ahead()
+    workers.submit([norm, silu_mul])
+    assert workers.wait() == ahead.Outcome(2, [])
+    assert load(norm) and load(silu_mul)
+
+
+@compiles
 def test_files_in_the_working_directory_are_not_imported(cache, monkeypatch, tmp_path_factory):
     """A user serves from anywhere, and the names of modules are common names."""
     folder = tmp_path_factory.mktemp("anywhere")

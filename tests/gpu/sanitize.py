@@ -10,7 +10,9 @@ from vllm_flatquant.kernels.jit import hopper
 from vllm_flatquant.kernels.kron import kron
 from vllm_flatquant.kernels.kron_quant import kron_quant
 from vllm_flatquant.kernels.pack import pack_device
+from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron
 from vllm_flatquant.kernels.rmsnorm_kron_quant import rmsnorm_kron_quant
+from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron
 from vllm_flatquant.kernels.silu_mul_kron_quant import silu_mul_kron_quant
 from vllm_flatquant.kernels.tiles import PLAIN, Tile
 from vllm_flatquant.kernels.w4_gemm import run_tile
@@ -33,13 +35,17 @@ def main() -> None:
             kron_quant(x, left, None, one, 4)
             kron_quant(x, left, right, one, 8)
             rmsnorm_kron_quant(x, x, norm, 1e-5, left, right, one, 4)
+            rmsnorm_kron(x, x, norm, 1e-5, left, right)
             silu_mul_kron_quant(torch.cat([x, x], 1), left, right, one, 4)
+            silu_mul_kron(torch.cat([x, x], 1), left, right)
             z = x.float()
             fake_quantize(z, 4, one)
             fake_quantize_backward(z, z, 4, one)
     left, right = torch.randn(1, 100, 100, device=device), torch.randn(1, 128, 128, device=device)
     x, one = torch.randn(300, 25600, device=device).bfloat16(), torch.ones(1, device=device)
-    silu_mul_kron_quant(x, left.bfloat16(), right.bfloat16(), one, 4)  # on Hopper another kernel
+    left, right = left.bfloat16(), right.bfloat16()
+    silu_mul_kron_quant(x, left, right, one, 4)  # on Hopper another kernel
+    silu_mul_kron(x, left, right)
     tiles = list(PLAIN.values()) + (HOPPER_TILES if hopper(device) else [])
     for t, n, k, shards in [(3, 264, 1024, 1), (130, 40, 704, 2), (130, 520, 1024, 1)]:
         codes = torch.randint(-8, 8, (t, k), dtype=torch.int8, device=device)

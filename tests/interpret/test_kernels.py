@@ -11,10 +11,12 @@ from vllm_flatquant.kernels.jit import INTERPRET
 from vllm_flatquant.kernels.kron import kron_ref, kron_triton
 from vllm_flatquant.kernels.kron_quant import kron_quant_ref, kron_quant_triton
 from vllm_flatquant.kernels.pack import pack_device
+from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron_ref, rmsnorm_kron_triton
 from vllm_flatquant.kernels.rmsnorm_kron_quant import (
     rmsnorm_kron_quant_ref,
     rmsnorm_kron_quant_triton,
 )
+from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron_ref, silu_mul_kron_triton
 from vllm_flatquant.kernels.silu_mul_kron_quant import (
     silu_mul_kron_quant_ref,
     silu_mul_kron_quant_triton,
@@ -133,6 +135,46 @@ def test_silu_mul_kron_quant(form: str) -> None:
     same_codes(codes, want_codes, 1e-3)
 
 
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("a,b", [(8, 8), (5, 20), (2, 24)])
+@pytest.mark.parametrize("form", FORMS)
+def test_rmsnorm_kron(form: str, a: int, b: int, residual: bool) -> None:
+    torch.manual_seed(0)
+    x, weight = inputs(3, a * b, torch.float32), torch.randn(a * b)
+    left, right = factors(form, 1, a, b)
+    args = (x, torch.randn(3, a * b) if residual else None, weight, 1e-5, left, right)
+    z, total = rmsnorm_kron_triton(*args)
+    want = rmsnorm_kron_ref(*args)
+    torch.testing.assert_close(z, want[0], rtol=1e-5, atol=1e-5)
+    if residual:
+        assert torch.equal(total, want[1])
+    else:
+        assert total.numel() == 0 and (z[0] == 0).all()
+
+
+def test_rmsnorm_kron_in_fp16_divides_first() -> None:
+    """Before it is normed, this input times the weight is beyond what fp16 holds; after, it is small."""
+    torch.manual_seed(0)
+    x, weight = inputs(3, 96, torch.float16), torch.rand(96).half() + 0.5
+    x[:, 7], weight[7] = 4e4, 3.0
+    left, right = factors("both", 1, 8, 12)
+    got, want = (
+        f(x, None, weight, 1e-5, left, right)[0] for f in (rmsnorm_kron_triton, rmsnorm_kron_ref)
+    )
+    assert want.isfinite().all() and want.abs().max() > 5
+    torch.testing.assert_close(got, want, rtol=0, atol=2**-9 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("shards,a,b", [*SIZES, (1, 7, 16)])
+@pytest.mark.parametrize("form", FORMS[:3])
+def test_silu_mul_kron(form: str, shards: int, a: int, b: int) -> None:
+    torch.manual_seed(0)
+    x = inputs(3, 2 * shards * a * b, torch.float32)
+    left, right = factors(form, shards, a, b)
+    got, want = silu_mul_kron_triton(x, left, right), silu_mul_kron_ref(x, left, right)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "t,n,k,shards,tile",
     [
@@ -186,6 +228,12 @@ def test_more_room_than_tokens() -> None:
         torch.testing.assert_close(got[1], wanted[1], rtol=1e-5, atol=0)
         same_codes(got[0], wanted[0], 1e-3)
     assert torch.equal(normed[2], want_normed[2])
+    z, total = rmsnorm_kron_triton(x, other, weight, 1e-5, left, right)
+    want_z, want_total = rmsnorm_kron_ref(x, other, weight, 1e-5, left, right)
+    torch.testing.assert_close(z, want_z, rtol=1e-5, atol=1e-5)
+    assert z.shape == (t, k) and torch.equal(total, want_total)
+    z = silu_mul_kron_triton(pair, left, right)
+    torch.testing.assert_close(z, silu_mul_kron_ref(pair, left, right), rtol=1e-5, atol=1e-4)
     rows = torch.randint(-8, 8, (24, k), dtype=torch.int8)
     ones = torch.ones(24, 1)
     out = torch.full((320, 24), float("nan"))
