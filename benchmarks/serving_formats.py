@@ -81,7 +81,7 @@ class Format:
     @property
     def fused(self) -> bool:
         """Whether norms and SiLU*mul must run in one kernel with the transform after them."""
-        return self.flatquant in (4, 8) and self.env.get("VLLM_FLATQUANT_FUSION") != "0"
+        return self.flatquant is not None and self.env.get("VLLM_FLATQUANT_FUSION") != "0"
 
 
 _INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}
