@@ -7,6 +7,7 @@ import torch
 
 from vllm_flatquant import fusion
 from vllm_flatquant.fusion import Fused, fuse
+from vllm_flatquant.kernels import jit, kron, rmsnorm_kron_quant, silu_mul_kron_quant
 from vllm_flatquant.kernels.rmsnorm_kron import rmsnorm_kron_ref
 from vllm_flatquant.kernels.silu_mul_kron import silu_mul_kron_ref
 from vllm_flatquant.kernels.tiles import warmup_tokens
@@ -183,13 +184,20 @@ def test_a_block_whose_linears_are_others():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("site, runs", [("qkv", 2), ("gate_up", 1), ("down", 1), ("o", 0)])
-def test_warm_up_runs_every_variant_once(monkeypatch, site, runs, dtype):
+@pytest.mark.parametrize(
+    "site, alone", [("qkv", [True, False]), ("gate_up", [False]), ("down", [False]), ("o", [])]
+)
+def test_warm_up_runs_every_variant_once(monkeypatch, site, alone, dtype):
+    """alone: whether the norm has no residual: the model's first one is before q, k and v."""
     calls = []
     for name in ("rmsnorm_kron", "silu_mul_kron"):
         original = getattr(fusion, name)
         monkeypatch.setattr(
-            fusion, name, lambda x, *rest, f=original: calls.append(x.shape) or f(x, *rest)
+            fusion,
+            name,
+            lambda x, other, *rest, f=original: (
+                calls.append((*x.shape, other is None)) or f(x, other, *rest)
+            ),
         )
     left, right, _ = factors(dtype)
     layer = SimpleNamespace(
@@ -197,4 +205,87 @@ def test_warm_up_runs_every_variant_once(monkeypatch, site, runs, dtype):
     )
     fusion.WarmUp(site, 16, dtype, 300).run(layer)
     width = 2 * WIDTH if site == "down" else WIDTH
-    assert calls == [(count, width) for count in warmup_tokens(300) for _ in range(runs)]
+    assert calls == [(count, width, each) for count in warmup_tokens(300) for each in alone]
+
+
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize("most", [33, 300, 5000])
+@pytest.mark.parametrize("bits", [4, 16])
+@pytest.mark.parametrize(
+    "site, shards, a, b", [("qkv", 1, 64, 64), ("gate_up", 1, 16, 24), ("down", 1, 112, 128), ("down", 4, 16, 22)]
+)  # fmt: skip
+@pytest.mark.parametrize("sms, is_hopper", [(132, True), (108, False)])
+def test_nothing_compiles_while_serving(monkeypatch, sms, is_hopper, site, shards, a, b, bits, most):
+    """The warm-up runs each variant that a batch of up to ``most`` tokens can need, as Triton tells variants apart."""
+    pytest.importorskip("triton.experimental.gluon")
+    from vllm_flatquant.kernels import silu_mul_kron_quant_hopper
+
+    found = set()
+
+    def launch(kernel, grid, *args, **meta):
+        told = [
+            jit._specialization(arg)
+            for arg, parameter in zip(args, kernel.params, strict=False)
+            if not parameter.do_not_specialize and not hasattr(arg, "block_shape")
+        ]
+        found.add((kernel.fn.__name__, *told, *meta.items()))
+
+    for module in (rmsnorm_kron_quant, silu_mul_kron_quant, silu_mul_kron_quant_hopper):
+        monkeypatch.setattr(module, "launch", launch)
+    for module in (kron, silu_mul_kron_quant, silu_mul_kron_quant_hopper):
+        monkeypatch.setattr(module, "multiprocessors", lambda device: sms)
+    for module in (kron, silu_mul_kron_quant):
+        monkeypatch.setattr(module, "hopper", lambda device: is_hopper)
+    monkeypatch.setattr(kron, "_on_chip", lambda device: 230_400)
+    for name in ("rmsnorm_kron", "rmsnorm_kron_quant", "silu_mul_kron", "silu_mul_kron_quant"):
+        monkeypatch.setattr(fusion, name, jit.OPERATORS[name]["cuda"])
+    kron._plan.cache_clear()
+    left, right = torch.zeros(shards, a, a).bfloat16(), torch.zeros(shards, b, b).bfloat16()
+    clip, width = (torch.ones(shards) if bits < 16 else None), shards * a * b
+    layer = SimpleNamespace(
+        transform_left=left, transform_right=right, transform_clip=clip, input_size_per_partition=width
+    )
+    with monkeypatch.context() as patch:
+        zeros = torch.zeros
+        patch.setattr(torch, "zeros", lambda *rest, **more: zeros(*rest, **more).as_subclass(OnGPU))
+        fusion.WarmUp(site, bits, torch.bfloat16, most).run(layer)
+    warm = found.copy()
+    rest, weight = (
+        ((left, right) if bits == 16 else (left, right, clip, bits)),
+        torch.ones(width).bfloat16(),
+    )
+    some = [
+        1,
+        2,
+        17,
+        27,
+        28,
+        33,
+        67,
+        108,
+        109,
+        132,
+        133,
+        257,
+        300,
+        3456,
+        3457,
+        4160,
+        4161,
+        4224,
+        4225,
+        5000,
+    ]
+    for t in (t for t in some if t <= most):
+        x = torch.empty(t, width * (2 if site == "down" else 1)).bfloat16().as_subclass(OnGPU)
+        if site == "down":
+            (fusion.silu_mul_kron if bits == 16 else fusion.silu_mul_kron_quant)(x, *rest)
+            continue
+        for residual in (None, x) if site == "qkv" else (x,):
+            norm = fusion.rmsnorm_kron if bits == 16 else fusion.rmsnorm_kron_quant
+            norm(x, residual, weight, 1e-5, *rest)
+    kron._plan.cache_clear()
+    assert warm and found == warm
