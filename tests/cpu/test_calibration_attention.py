@@ -1,5 +1,6 @@
 """The attention hook: causality, padding and sliding windows as in stock eager attention."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,7 @@ def kernels(monkeypatch):
         return ds @ key, ds.mT @ query, p.mT @ gradient, None
 
     monkeypatch.setattr(attention, "can_use_efficient_attention", lambda kind: True)
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: 4)
     with torch.library._scoped_library("aten", "IMPL") as library:
         library.impl("_scaled_dot_product_efficient_attention", forward, "CPU")
         library.impl("_scaled_dot_product_efficient_attention_backward", backward, "CPU")
@@ -123,6 +125,30 @@ def test_gradients_on_a_gpu_are_the_same_each_time(kernels, heads, causal):
     assert not torch.are_deterministic_algorithms_enabled()
     for other, ours in zip(*results, strict=True):
         torch.testing.assert_close(ours.as_subclass(torch.Tensor), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("processors", "squares", "fused"),
+    [(36, 2**29, True), (37, 2**29, False), (37, 4 * 18 * 49, False), (37, 4 * 18 * 49 - 1, True)],
+)
+def test_few_heads_of_few_tokens_train_in_the_plain_form(
+    kernels, monkeypatch, processors, squares, fused
+):
+    """The fused one would leave the GPU idle. Without gradients it does not, and PyTorch chooses."""
+    monkeypatch.setattr(attention, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(attention, "SQUARES", squares)
+    chosen = []
+    monkeypatch.setattr(attention, "sdpa_kernel", lambda kind: chosen.append(kind) or nullcontext())
+    module = SimpleNamespace(is_causal=True, num_key_value_groups=3)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, n, 7, 8).as_subclass(OnGPU).requires_grad_() for n in (6, 2, 2)]
+    out, _ = attention.attention_forward(module, *inputs, None)
+    plain = [] if fused else [attention.SDPBackend.MATH]
+    assert len(kernels) == fused and chosen == plain
+    with torch.no_grad():
+        again, _ = attention.attention_forward(module, *inputs, None)
+    assert len(kernels) == fused and chosen == plain
+    torch.testing.assert_close(again, out.detach())
 
 
 @pytest.mark.parametrize("case", ["no gradient", "fewer queries", "mask", "dropout", "given causality"])

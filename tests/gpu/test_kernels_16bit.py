@@ -8,6 +8,9 @@ import math
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA GPU", allow_module_level=True)
+
 from vllm_flatquant.kernels import silu_mul_kron_quant as silu
 from vllm_flatquant.kernels.jit import hopper
 from vllm_flatquant.kernels.kron import kron
