@@ -247,6 +247,18 @@ def test_silu_mul_kron_quant(shards: int, a: int, b: int, monkeypatch: pytest.Mo
         )
 
 
+def gate_up(t: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+    """[t, 2 * k] with NaN behind it, an outlier, a row of zeros and one whose exp overflows and vanishes."""
+    room = torch.full((t * 2 * k + 2**16,), float("nan"), device=DEVICE, dtype=dtype)
+    x = room[: t * 2 * k].view(t, 2 * k)
+    x.copy_(torch.randn(t, 2 * k, device=DEVICE) * 3)
+    x[0, k // 3] = 1000.0
+    if t > 2:
+        x[-1] = 0
+        x[1, :k] *= 60
+    return x
+
+
 @pytest.mark.skipif(not hopper(DEVICE), reason="the Hopper form")
 @pytest.mark.parametrize(
     "shards,a,b", [(1, 112, 128), (1, 128, 128), (1, 65, 128), (1, 80, 64), (2, 100, 128), (2, 112, 128)]
@@ -262,13 +274,7 @@ def test_silu_mul_kron_quant_on_hopper(
     clip = torch.rand(shards, device=DEVICE) * 0.3 + 0.7
     most = (1, 3, 17, 132, 133, 257, 4097) if (dtype, bits) == (torch.bfloat16, 4) else (133, 300)
     for t in most:
-        room = torch.full((t * 2 * k + 2**16,), float("nan"), device=DEVICE, dtype=dtype)
-        x = room[: t * 2 * k].view(t, 2 * k)
-        x.copy_(torch.randn(t, 2 * k, device=DEVICE) * 3)
-        x[0, k // 3] = 1000.0
-        if t > 2:
-            x[-1] = 0
-            x[1, :k] *= 60  # exp overflows and vanishes
+        x = gate_up(t, k, dtype)
         assert silu.on_hopper(x, left, right, shards)
         got = silu_mul_kron_quant(x, left, right, clip, bits)
         same(got, silu_mul_kron_quant_ref(x, left, right, clip, bits))
