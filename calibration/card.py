@@ -5,7 +5,9 @@ Written and read through ``huggingface_hub``'s card classes. What evaluations ad
 """
 
 import json
+import os
 import platform
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -158,7 +160,7 @@ def add_results(folder: Path, results: list[EvalResult]) -> None:
     """Put results into the folder's card: into its metadata, in place of any of the same data, metric and
     settings, and into the table. ``metric_args["unquantized"]`` of a result is the original's value.
 
-    Raises UserError if there is no card.
+    Raises UserError if there is no card, or it cannot be written.
     """
     card = load_card(folder)
     data: Any = card.data
@@ -175,8 +177,25 @@ def add_results(folder: Path, results: list[EvalResult]) -> None:
         card.text = f"{card.text.rstrip()}\n\n## Accuracy\n\n{table}\n"
     file = folder / "README.md"
     new = file.with_name(".README.md.new")
-    new.write_text(str(card), encoding="utf-8")
-    new.replace(file)
+    try:
+        new.write_text(str(card), encoding="utf-8")
+        new.replace(file)
+    except OSError as error:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise UserError(
+            f"{file} cannot be written ({error.strerror}); free space, or copy the checkpoint to a folder of yours"
+        ) from None
+
+
+def check_card(folder: Path) -> None:
+    """UserError if ``add_results`` will not be able to write: said before hours of measuring, not after."""
+    load_card(folder)
+    if not os.access(folder, os.W_OK):
+        raise UserError(
+            f"{folder}/README.md cannot be written (Permission denied); leave out --update-card, or copy the checkpoint "
+            "to a folder of yours"
+        )
 
 
 def _same(a: EvalResult, b: EvalResult) -> bool:

@@ -183,7 +183,7 @@ def dataset_texts(name: str, split: str = "train", files: str | None = None) -> 
     except ImportError:
         raise UserError(
             f"text source '{name}' is no file; to use a Hugging Face dataset install "
-            "`pip install vllm-flatquant[datasets]`"
+            "`pip install 'vllm-flatquant[datasets]'`"
         ) from None
     repo, _, config = name.partition(":")
     given: Any = {"data_files": {split: files}} if files else {}
@@ -203,9 +203,10 @@ def read_npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False)
     except (ValueError, OSError, EOFError) as error:
-        raise UserError(
-            f"{path} is no .npy file of numbers ({error}); save it with numpy.save"
-        ) from None
+        why = (
+            error.strerror if isinstance(error, OSError) and error.strerror else "damaged, or of objects"
+        )
+        raise UserError(f"{path} is no .npy file of numbers ({why}); save it with numpy.save") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "iu" or array.ndim not in (1, 2):
         raise UserError(
             f"{path} holds {getattr(array, 'dtype', 'an archive')} of shape {getattr(array, 'shape', '?')}; token ids are integers of shape [n] or [rows, n]"

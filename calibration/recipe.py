@@ -188,7 +188,7 @@ class Recipe(BaseModel):
     def to_yaml(self, calib: str | None = None) -> str:
         """The recipe as recipe.yaml holds it, with the name of the calibration text if given."""
         settings = self.model_dump(mode="json") | ({} if calib is None else {"calib": calib})
-        return yaml.safe_dump(settings, sort_keys=False)
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -243,6 +243,15 @@ def make_recipe(**settings: Any) -> Recipe:
         given = "" if not first["loc"] else f"={settings.get(name)!r}"
         if first["type"] == "extra_forbidden":
             close = get_close_matches(name, Recipe.model_fields, n=1)
-            hint = f"did you mean {close[0]}?" if close else "docs/recipes.md lists the settings"
+            hint = (
+                f"did you mean {close[0]}?" if close else "`flatquant recipes flatquant-w4a4` shows all"
+            )
             raise UserError(f"{name}{given}: a recipe has no such setting; {hint}") from None
-        raise UserError(f"{name}{given}: {first['msg'].removeprefix('Value error, ')}") from None
+        why = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "tuple_type":
+            why = "Input should be a list, such as [qkv, down], or [] for none"
+        elif (
+            name.endswith("_clip") and len(first["loc"]) > 1
+        ):  # a number or a word: the first is no number
+            why = "Input should be 'learned' or a number above 0, at most 1"
+        raise UserError(f"{name}{given}: {why}") from None

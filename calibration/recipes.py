@@ -260,11 +260,24 @@ RECIPES: dict[str, NamedRecipe] = {
 
 @dataclass(frozen=True)
 class Chosen:
-    """A recipe, the registry name it is based on, and the calibration text that its file names, if any."""
+    """A recipe, the registry name it is based on, and the calibration text that its file names, if any.
+
+    base_named: whether ``base`` was asked for, or is what a file that names none is filled up from.
+    """
 
     recipe: Recipe
     base: str
     calib: str | None = None
+    base_named: bool = True
+
+    def check_calib(self, name: str) -> None:
+        """UserError if the text file that recipe ``name`` calls for is not here: a checkpoint's recipe.yaml keeps
+        no folders."""
+        file = Path(self.calib or "")
+        if file.suffix in (".txt", ".jsonl", ".npy") and not file.is_file():
+            raise UserError(
+                f"{name} calibrates on {self.calib}, which is not in the working directory; say where it is with --calib"
+            )
 
 
 def preset_settings(preset: str, recipe: str) -> dict[str, Any]:
@@ -284,9 +297,10 @@ def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
     changes, and a calibration text under ``calib``. A checkpoint's recipe.yaml is such a file. Raises
     UserError naming what is unknown, with what comes close.
     """
-    settings, base, calib = {}, name, None
+    settings, base, calib, named = {}, name, None, True
     if name not in RECIPES:
         settings = _read(name)
+        named = "base" in settings
         base = settings.pop("base", DEFAULT)
         calib = settings.pop("calib", None)
         if not isinstance(base, str) or base not in RECIPES:
@@ -298,7 +312,7 @@ def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
     except UserError as error:
         in_file = str(error).partition("=")[0] in settings.keys() - overrides.keys()
         raise UserError(f"{name}: {error}" if in_file else str(error)) from None
-    return Chosen(recipe, base, calib)
+    return Chosen(recipe, base, calib, named)
 
 
 def _unknown(name: str) -> str:

@@ -8,6 +8,7 @@ of one run (parallel.py) the first does, for all.
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -28,8 +29,8 @@ _TRIES = 100
 
 
 def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
-    """UserError unless ``out`` is free, empty, or may be overwritten, holds none of ``sources``, nor where
-    the user is or lives, and can be renamed."""
+    """UserError unless ``out`` is free, empty, or a checkpoint that may be overwritten, holds none of ``sources``, nor
+    where the user is or lives, and can be renamed."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
     held = next((source for source in sources if source.resolve().is_relative_to(out)), None)
@@ -48,8 +49,21 @@ def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
             f"--out {out} is a mount point, whose place no finished folder can take; choose a folder in it, such as "
             f"{out / 'checkpoint'}"
         )
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise UserError(f"{out} is not empty; choose another folder or pass --overwrite")
+        if not _is_checkpoint(out):
+            raise UserError(
+                f"{out} holds something else than a FlatQuant checkpoint, which is not replaced; choose another folder"
+            )
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "flatquant")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def staging_folder(out: Path) -> Path:

@@ -74,7 +74,8 @@ def main() -> None:
     except APIConnectionError:
         sys.exit(f"client: nothing answers at {given.url}; start `vllm serve` or correct --url")
     except (BadRequestError, NotFoundError) as error:
-        sys.exit(f"client: the server refused: {error}")
+        hint = "" if given.url.rstrip("/").endswith("/v1") else "; --url ends in /v1"
+        sys.exit(f"client: the server refused: {error}{hint}")
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ def quantize(
     device: DeviceOption = "auto",
     seed: Annotated[int | None, typer.Option(help="of every random choice [recipe]")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a folder that is not empty; start again")
+        bool, typer.Option("--overwrite", help="replace a checkpoint; start again")
     ] = False,
     resume: Annotated[
         bool,
@@ -129,6 +129,8 @@ def quantize(
     changed = {**reduced, **{k: v for k, v in given.items() if v is not None}}
     if not resume or recipe is not None:
         chosen = choose_recipe(recipe or DEFAULT, **changed)
+        if calib is None and not resume:
+            chosen.check_calib(recipe or DEFAULT)
         settings, calib = chosen.recipe, calib or chosen.calib
     if resume:
         from .calibration.fingerprint import interrupted_run
@@ -146,7 +148,8 @@ def quantize(
     from .tools.progress import quantize_with_progress, what_is_kept
 
     if preset == "quick":
-        epochs_too = f" and {settings.epochs} epochs" if settings.epochs else ""
+        many = "s" if settings.epochs > 1 else ""
+        epochs_too = f" and {settings.epochs} epoch{many}" if settings.epochs else ""
         print(
             f"preset quick: reduced to {settings.samples} samples of {settings.seq_len} tokens{epochs_too}; "
             "use --preset default for accuracy"

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -152,9 +153,7 @@ def convert(
     golden: Annotated[
         bool, typer.Option("--golden/--no-golden", help="run the model once, for `inspect --verify`")
     ] = True,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="replace a folder that is not empty")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace a checkpoint")] = False,
 ) -> None:
     """Make a checkpoint from another FlatQuant tool's.
 
@@ -165,7 +164,7 @@ def convert(
 
     for note in run(source, out, model, scheme, kv, overwrite, golden):
         print(f"approximated: {note}")
-    print(f"wrote {out}; serve it with: vllm serve {out}")
+    print(f"wrote {out}; serve it with: vllm serve {quote(str(out))}")
 
 
 def plot(

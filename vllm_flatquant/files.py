@@ -7,6 +7,7 @@ loader checks every tensor again as it comes.
 
 import copy
 import json
+import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +60,10 @@ def file_inside(folder: Path, name: str) -> Path:
             homes.append((home.parent.parent / "blobs").resolve())
         inside = Path(name).name == name and any(target.is_relative_to(h) for h in homes)
         file.exists()  # raises for names that no file can have
+    except PermissionError:
+        raise CheckpointError(
+            f"{file} cannot be read (Permission denied); correct its permissions"
+        ) from None
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: '{shown(name)}' is no usable file name ({type(error).__name__}); {AGAIN}"
@@ -112,6 +117,10 @@ def stored_tensors(folder: Path, skip: Collection[str] = ()) -> dict[str, Stored
                     header = tensors.get_slice(name)
                     found[name] = StoredTensor(file, tuple(header.get_shape()), str(header.get_dtype()))
         except (SafetensorError, OSError) as error:
+            if not os.access(file, os.R_OK):  # the library says that there is no such file
+                raise CheckpointError(
+                    f"{file} cannot be read (Permission denied); correct its permissions"
+                ) from None
             raise CheckpointError(f"{file} cannot be read ({first_line(error)}); {AGAIN}") from None
     return found
 

@@ -91,7 +91,7 @@ def test_diff_of_what_is_no_checkpoint(refused, folder, parts, first):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (("nope",), ("nope", "not recognised")),
+        (("nope",), ("nope does not exist",)),
         (("file",), ("file",)),
         (("empty",), ("not recognised", "RealQuant")),
         (("model",), ("not recognised",)),

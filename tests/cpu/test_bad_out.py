@@ -1,6 +1,7 @@
 """What ``--out`` may be, and that nothing else is touched: not the user's files, not another run's, not an old checkpoint."""
 
 import errno
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,6 +65,15 @@ def test_nothing_of_the_users_is_removed(model, calib, tmp_path):
     for name in ("q.partial", "q.old", "q"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "mine.txt").write_text("keep")
+    for config in (None, "{", "[]", '{"model_type": "llama"}', '{"quantization_config": "flatquant"}'):
+        if config:
+            (tmp_path / "q" / "config.json").write_text(config)
+        with pytest.raises(UserError, match="something else than a FlatQuant checkpoint"):
+            quantize(model, tmp_path / "q", recipe, str(calib), "cpu", overwrite=True)
+        assert (tmp_path / "q" / "mine.txt").exists()
+    shutil.rmtree(tmp_path / "q")
+    quantize(model, tmp_path / "q", recipe, str(calib), "cpu")
+    (tmp_path / "q" / "mine.txt").write_text("replaced with the checkpoint in which it lies")
     quantize(model, tmp_path / "q", recipe, str(calib), "cpu", overwrite=True)
     assert (tmp_path / "q.partial" / "mine.txt").exists()
     assert (tmp_path / "q.old" / "mine.txt").exists()
@@ -95,8 +105,15 @@ def test_another_run_finished_there_first(model, calib, tmp_path):
     with pytest.raises(UserError, match="not empty.*kept for --resume: 2"):
         quantize(*arguments, callbacks=Callbacks(block=appear))
     assert [p.name for p in (tmp_path / "q").iterdir()] == ["theirs.txt"]
+    with pytest.raises(UserError, match="something else than a FlatQuant checkpoint"):
+        quantize(*arguments, overwrite=True, resume=True)
+    quantize(*arguments[:1], tmp_path / "other", *arguments[2:])
+    (tmp_path / "q" / "theirs.txt").unlink()
+    (tmp_path / "other").rename(tmp_path / "q")
+    (tmp_path / "q" / "theirs.txt").write_text("replaced")
     quantize(*arguments, overwrite=True, resume=True)
     assert (tmp_path / "q" / "config.json").exists()
+    assert not (tmp_path / "q" / "theirs.txt").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "model", "q"]
 
 
@@ -156,6 +173,9 @@ def test_stopped_in_the_middle_leaves_nothing(model, calib, tmp_path, number):
 def test_disk_full_keeps_the_old_checkpoint(refuses, tmp_path, monkeypatch, error):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old.txt").write_text("keep")
+    (tmp_path / "out" / "config.json").write_text(
+        '{"quantization_config": {"quant_method": "flatquant"}}'
+    )
 
     def full(*_, **__):
         raise error

@@ -2,11 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from vllm_flatquant import files
 from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.reference import load_reference, read_spec
@@ -55,6 +57,17 @@ def test_index_cannot_name_what_is_no_file_name(checkpoint, name):
     index = {"weight_map": {"lm_head.weight": name}}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     refused_everywhere(checkpoint, "is no usable file name|which its index lists")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(checkpoint, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    monkeypatch.setattr(files, "safe_open", lambda *_: (_ for _ in ()).throw(FileNotFoundError("no")))
+    refused = r"model\.safetensors cannot be read \(Permission denied\); correct its permissions"
+    with pytest.raises(CheckpointError, match=refused):
+        stored_tensors(checkpoint)
+    monkeypatch.setattr(Path, "exists", lambda path: (_ for _ in ()).throw(PermissionError()))
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read \(Permission denied\)"):
+        file_inside(checkpoint, "config.json")
 
 
 def move_and_link(file, target):

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
-from vllm_flatquant.calibration.card import add_results
+from vllm_flatquant.calibration.card import add_results, check_card
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
@@ -85,6 +85,19 @@ def test_a_card_of_ones_own_gets_a_section(model, calib, tmp_path):
     card = ModelCard.load(out / "README.md")
     assert card.text.index("# mine") < card.text.index("## Accuracy") < card.text.index("2.0000")
     assert card.data.license == "mit"
+
+
+def test_a_card_that_cannot_be_written(model, calib, tmp_path, monkeypatch):
+    out = make(model, calib, tmp_path / "out")
+    before = (out / "README.md").read_text()
+    (out / ".README.md.new").mkdir()  # what writes the new card finds its place taken
+    with pytest.raises(UserError, match=r"README\.md cannot be written \(Is a directory\)"):
+        add_results(out, [result(2.0)])
+    assert (out / "README.md").read_text() == before
+    check_card(out)
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(UserError, match="leave out --update-card"):
+        check_card(out)
 
 
 def test_no_card_is_an_error(tmp_path):

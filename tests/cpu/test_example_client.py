@@ -40,6 +40,9 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def do_GET(self):
+        if not self.path.startswith("/v1/"):
+            self.reply(404, {"detail": "Not Found"})
+            return
         self.reply(200, {"object": "list", "data": [{"id": "tiny", "object": "model"}]})
 
     def do_POST(self):
@@ -98,6 +101,12 @@ def test_a_model_without_a_chat_template_completes(server):
     assert done.returncode == 0, done.stderr
     assert "begin completed" in done.stdout
     assert "tiny has no chat template, so it answers completions only" in done.stdout
+
+
+def test_an_address_without_its_end(server):
+    done = ask(f"http://127.0.0.1:{server.server_port}")
+    assert done.returncode == 1
+    assert "the server refused" in done.stderr and done.stderr.endswith("; --url ends in /v1\n")
 
 
 def test_no_server_is_one_sentence():

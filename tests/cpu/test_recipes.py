@@ -85,6 +85,28 @@ def test_file_over_base_and_options_over_file(write):
     assert choose_recipe("flatquant-w4a16", kv=8).recipe == Recipe(scheme="w4a16", kv=8)
 
 
+def test_only_a_base_that_was_named_is_called_the_base(run, write):
+    """What `recipes NAME` prints, edited, names no base: it is not based on the default."""
+    status, shown, _ = run("recipes", "quarot-w4a4")
+    assert (status, shown.splitlines()[0].split(":")[0]) == (0, "# based on quarot-w4a4")
+    status, again, _ = run("recipes", write(shown))
+    assert status == 0
+    assert again.splitlines()[0] == "# what the file leaves out is from flatquant-w4a4"
+    assert again.splitlines()[1:] == shown.splitlines()[1:]
+    shown = run("recipes", write("base: quarot-w4a4\nseed: 3\n"))[1]
+    assert shown.startswith("# based on quarot-w4a4: ")
+
+
+def test_the_text_of_a_recipe_is_elsewhere(run, write, model, tmp_path, monkeypatch):
+    """A checkpoint's recipe.yaml keeps the name of the text, not where it was."""
+    monkeypatch.chdir(tmp_path)
+    file = write("calib: wäre da.npy\n")
+    status, _, err = run("quantize", model, "--out", tmp_path / "out", "--recipe", file)
+    assert status == 1
+    assert "wäre da.npy, which is not in the working directory; say where it is with --calib" in err
+    assert "calib: wäre da.npy" in run("recipes", file)[1]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -92,6 +114,10 @@ def test_file_over_base_and_options_over_file(write):
         ("base: [1]\n", "no recipe"),
         ("epoch: 3\n", "epoch=3: .* did you mean epochs"),
         ("epochs: many\n", "epochs='many'"),
+        ("colour: red\n", "colour='red': .* `flatquant recipes flatquant-w4a4` shows all"),
+        ("transforms: qkv\n", "transforms='qkv': Input should be a list"),
+        ("activation_clip: most\n", "activation_clip='most': Input should be 'learned' or a number"),
+        ("kv_clip: 2\n", "kv_clip=2: Input should be 'learned' or a number above 0, at most 1"),
         ("calib: 3\n", "calib must be"),
         ("- epochs\n", "holds no settings"),
         ("", "holds no settings"),

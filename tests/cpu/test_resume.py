@@ -204,6 +204,7 @@ def test_stopped_while_the_checkpoint_takes_its_place(model, calib, tmp_path, mo
     out = tmp_path / "out"
     out.mkdir()
     (out / "old.txt").write_text("keep")
+    (out / "config.json").write_text('{"quantization_config": {"quant_method": "flatquant"}}')
     arguments = (model, out, make_recipe(**SMALL), str(calib), "cpu")
     left, rename = [renames], Path.rename
 

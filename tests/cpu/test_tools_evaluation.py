@@ -55,6 +55,14 @@ def test_wikitext2_is_rows_joined_by_blank_lines(wiki):
     assert shorter.rows.flatten().tolist() == ids[:300]
 
 
+@pytest.mark.parametrize("options", [(), ("--update-card",)])
+def test_a_checkpoint_is_no_original(run, checkpoint, wiki, options):
+    card = (checkpoint / "README.md").read_text()
+    status, _, err = run("eval", checkpoint, "--text", wiki, "--original", checkpoint, *options)
+    assert (status, "is a FlatQuant checkpoint; give the unquantized model" in err) == (1, True), err
+    assert (checkpoint / "README.md").read_text() == card
+
+
 @pytest.mark.parametrize("protocol", ["plain", "wikitext2"])
 def test_an_empty_text_is_called_empty(tmp_path, protocol):
     file = tmp_path / "text.txt"
@@ -232,7 +240,7 @@ def test_tasks_without_lm_eval_say_how_to_install_it(run, checkpoint, monkeypatc
         monkeypatch.setitem(sys.modules, name, None)
     status, _, err = run("eval", checkpoint, "--tasks", "piqa")
     assert status == 1
-    assert "pip install vllm-flatquant[eval]" in err
+    assert "pip install 'vllm-flatquant[eval]'" in err
 
 
 @pytest.mark.skipif(not find_spec("lm_eval"), reason="lm-eval is not installed")

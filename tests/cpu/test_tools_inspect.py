@@ -53,6 +53,17 @@ def checkpoints(tmp_path_factory):
     ]
 
 
+def test_inspect_tells_that_the_tokenizer_is_missing(run, checkpoints, tmp_path):
+    copy = tmp_path / "with a space"
+    shutil.copytree(checkpoints[0], copy)
+    (copy / "tokenizer.json").write_text("{}")
+    shown = run("inspect", copy)[1]
+    assert "\ntokenizer " not in shown
+    assert f"vllm serve '{copy}'" in shown
+    (copy / "tokenizer.json").unlink()
+    assert "tokenizer   none here: `vllm serve` needs --tokenizer" in run("inspect", copy)[1]
+
+
 def test_inspect_tells_sizes_errors_and_the_machine(run, checkpoints):
     folder = checkpoints[0]
     status, out, err = run("inspect", folder, "--json")

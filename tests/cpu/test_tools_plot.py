@@ -164,6 +164,7 @@ def test_bad_requests(run, made, tmp_path, monkeypatch):
     for change, part in (
         (("--block", 2), "blocks 0 to 1"),
         (("--original", tmp_path / "none"), "does not exist"),
+        (("--original", made[0]), "is a FlatQuant checkpoint; give the unquantized model"),
     ):
         status, _, err = run("plot", made[0], *options, *change)
         assert (status, part in err) == (1, True), err
@@ -174,4 +175,4 @@ def test_bad_requests(run, made, tmp_path, monkeypatch):
     assert (status, "choose another --out" in err) == (1, True)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, err = run("plot", made[0])
-    assert (status, "pip install vllm-flatquant[plot]" in err) == (1, True)
+    assert (status, "pip install 'vllm-flatquant[plot]'" in err) == (1, True)

@@ -80,6 +80,10 @@ def on_grid(found: ForeignModel) -> Iterator[dict[str, Tensor]]:
 def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | None) -> ForeignModel:
     """Recognise a folder or file and open it. Raises UserError."""
     matrices = path / "flat_matrices.pth" if path.is_dir() else path
+    if not path.exists():
+        raise UserError(
+            f"{path} does not exist; give a folder or flat_matrices.pth of another FlatQuant tool"
+        )
     if path.is_dir() and (path / "quant_model_description.json").is_file():
         return read_ascend(path)
     if path.is_dir() and any(path.glob("*.safetensors")):
@@ -97,7 +101,7 @@ def read_foreign(path: Path, model: str | None, scheme: str | None, kv: int | No
             )
         if any(name.startswith("quantizer.") for name in WeightFiles(path).names):
             return read_realquant(path, model, scheme, kv)
-    if matrices.is_file():
+    if matrices.is_file() and matrices.suffix in (".pth", ".pt"):
         return read_matrices(matrices, model, scheme, kv)
     raise UserError(f"{path} is not recognised; what can be converted: {FORMATS}")
 

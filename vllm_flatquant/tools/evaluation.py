@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import EvalResult
 from torch import Tensor
 
-from ..calibration.card import add_results, load_card
+from ..calibration.card import add_results, check_card, load_card
 from ..calibration.errors import UserError
 from ..calibration.evaluate import token_losses
 from ..calibration.quantize import choose_device
@@ -50,9 +50,7 @@ def evaluate(
     if seq_len is not None and seq_len < 2:
         raise UserError(f"seq_len={seq_len} leaves nothing to predict; use 2 or more")
     path = resolve_folder(model)
-    if update_card:
-        original = original or card_original(path)
-    beside = resolve_folder(original) if original else None
+    beside = original_folder(path, original, update_card)
     found = evaluation_windows(path, protocol, text, tokens, dataset, seq_len, limit)
     rows = found.rows
     for folder in (path, beside):
@@ -127,6 +125,28 @@ def check_served(path: Path, dtype: str) -> None:
 def perplexity_of(losses: Tensor) -> float:
     """``exp`` of the mean."""
     return math.exp(losses.mean())
+
+
+def original_folder(path: Path, original: str | None, update_card: bool) -> Path | None:
+    """Where the unquantized model to measure beside ``path`` is, None if none is wanted.
+
+    With ``update_card`` it is the one that the card names, if not given. Raises UserError, also if it is quantized
+    or the card could not be written.
+    """
+    if update_card:
+        check_card(path)
+        original = original or card_original(path)
+    return unquantized(original) if original else None
+
+
+def unquantized(original: str) -> Path:
+    """The folder of an original model; UserError if what it holds is quantized."""
+    folder = resolve_folder(original)
+    if read_spec(folder) is not None:
+        raise UserError(
+            f"--original {original} is a FlatQuant checkpoint; give the unquantized model that it was made from"
+        )
+    return folder
 
 
 def card_original(path: Path) -> str:

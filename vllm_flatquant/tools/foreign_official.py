@@ -16,7 +16,6 @@ from ..calibration.fold import fold_norm, inverse_transpose, round_factor
 from ..calibration.rounding import rtn
 from ..calibration.source import ModelSource, WeightFiles, read_config, resolve_folder
 from ..calibration.weights import Grid
-from ..files import first_line
 from ..kernels.kron import kron_wide_ref
 from ..kernels.pack import pack_codes
 from .foreign import OWNERS, Clips, ForeignModel, base_config, base_name, make_spec, need
@@ -47,8 +46,8 @@ def read_matrices(file: Path, model: str | None, scheme: str | None, kv: int | N
         stored = torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise UserError(
-            f"{file} is a pickle that holds more than tensors, or is damaged ({first_line(error)}); it is not "
-            "loaded, because a pickle can run code"
+            f"{file} is a pickle that holds more than tensors, or is damaged ({type(error).__name__}); it is not "
+            "loaded, because a pickle can run code: copy it again, or save its tensors alone"
         ) from None
     source = ModelSource(model)
     blocks = _blocks(file, stored, source.num_blocks)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
+from shlex import quote
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,13 @@ positions); a transform or a weight whose columns are reversed in one of five bl
 4 bits. The reference backend, in float32, sees smaller damage."""
 
 
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+"""Any of these is enough; a model calibrated on token ids may have none."""
+NO_TOKENIZER = (
+    "tokenizer   none here: `vllm serve` needs --tokenizer MODEL, or copy its tokenizer files here"
+)
+
+
 def describe_folder(folder: str) -> dict[str, Any]:
     """What a checkpoint holds and what this machine would do with it, after checking that every tensor is
     there. Sizes are in bytes. Raises UserError."""
@@ -69,6 +77,7 @@ def describe_folder(folder: str) -> dict[str, Any]:
         "model_type": config.model_type,
         "blocks": config.num_hidden_layers,
         "tensors": len(files.names),
+        "tokenizer": any((path / name).is_file() for name in TOKENIZERS),
         "bytes": sizes,
         "bits_per_weight": spec.weights.bits * sum(quantized.values()) / max(1, sizes["weights"]),
         "scheme": spec.scheme,
@@ -157,7 +166,8 @@ def inspect_lines(found: dict[str, Any]) -> list[str]:
         f"kernel      {here['kernel']}",
         f"suits here  {here['suitable_scheme']}: {here['suitable_reason']}",
         f"made by     {spec.producer.name} {spec.producer.version}, format version {spec.format_version}",
-        f"serve with  vllm serve {found['folder']}",
+        f"serve with  vllm serve {quote(found['folder'])}",
+        *([] if found["tokenizer"] else [NO_TOKENIZER]),
         *_error_lines(found["errors"]),
         *_end_to_end_lines(found["end_to_end"]),
     ]

@@ -49,5 +49,7 @@ def markdown_table() -> str:
 
 def recipe_yaml(chosen: Chosen) -> str:
     """Every setting of a recipe, as a file that ``--recipe`` takes."""
-    entry = RECIPES[chosen.base]
-    return f"# based on {chosen.base}: {entry.summary}\n" + chosen.recipe.to_yaml(chosen.calib)
+    about = f"# based on {chosen.base}: {RECIPES[chosen.base].summary}\n"
+    if not chosen.base_named:
+        about = f"# what the file leaves out is from {chosen.base}\n"
+    return about + chosen.recipe.to_yaml(chosen.calib)

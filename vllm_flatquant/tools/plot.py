@@ -15,7 +15,7 @@ from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, quantized_spec
 from ..calibration.source import load_config, resolve_folder
 from ..sites import SITE_NAMES
-from .evaluation import card_original
+from .evaluation import card_original, unquantized
 from .flatness import Flatness, measure_flatness
 from .inspection import calibration_log
 
@@ -64,7 +64,7 @@ def plot_folder(
         import matplotlib
     except ImportError:
         raise UserError(
-            "plotting needs Matplotlib; install it with `pip install vllm-flatquant[plot]`"
+            "plotting needs Matplotlib; install it with `pip install 'vllm-flatquant[plot]'`"
         ) from None
     path = resolve_folder(folder)
     spec = quantized_spec(path)
@@ -81,7 +81,7 @@ def plot_folder(
         else:
             missing.append("no calibration_log.jsonl: errors and losses are not drawn")
         try:
-            base = resolve_folder(original or card_original(path))
+            base = unquantized(original or card_original(path))
         except UserError as error:
             if original:
                 raise

@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from shlex import quote
 
 from rich.console import Console
 from rich.progress import (
@@ -37,7 +38,7 @@ def what_is_kept(out: Path) -> str:
     again = (
         f"torchrun --nproc-per-node {parallel.world()} -m vllm_flatquant.cli" if started else "flatquant"
     )
-    return f"{done} finished blocks are kept: go on with `{again} quantize --out {out} --resume`"
+    return f"{done} finished blocks are kept: go on with `{again} quantize --out {quote(str(out))} --resume`"
 
 
 def quantize_with_progress(
@@ -74,7 +75,9 @@ def quantize_with_progress(
             note=lambda sentence: console.print(f"note: {sentence}"),
         )
         path = quantize(model, out, recipe, calib, device, overwrite, callbacks, resume)
-    console.print(f"wrote {path} in {time.monotonic() - start:.0f} s; serve it with: vllm serve {path}")
+    console.print(
+        f"wrote {path} in {time.monotonic() - start:.0f} s; serve it with: vllm serve {quote(str(path))}"
+    )
     return path
 
 

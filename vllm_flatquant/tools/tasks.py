@@ -18,7 +18,7 @@ from ..calibration.reference import load_reference
 from ..calibration.source import load_config, resolve_folder
 from ..files import first_line
 from . import served
-from .evaluation import DTYPES, card_original, check_options, check_served, default_dtype, free_gpu
+from .evaluation import DTYPES, check_options, check_served, default_dtype, free_gpu, original_folder
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value."""
@@ -47,7 +47,7 @@ def run_tasks(
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise UserError(
-            "--tasks needs lm-evaluation-harness; install it with `pip install vllm-flatquant[eval]`"
+            "--tasks needs lm-evaluation-harness; install it with `pip install 'vllm-flatquant[eval]'`"
         ) from None
     if include_path and not Path(include_path).is_dir():
         raise UserError(f"--include-path {include_path} is no folder; give the folder of the task files")
@@ -59,11 +59,10 @@ def run_tasks(
             "--include-path adds a folder of your own"
         )
     path = resolve_folder(model)
-    if update_card:
-        original = original or card_original(path)
+    beside = original_folder(path, original, update_card)
     runs = {name: path for name in ("reference", "vllm") if backend in (name, "both")}
-    if original:
-        runs["original"] = resolve_folder(original)
+    if beside:
+        runs["original"] = beside
     context = min(
         getattr(load_config(folder), "max_position_embeddings", 2048) for folder in runs.values()
     )
