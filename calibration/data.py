@@ -225,6 +225,13 @@ def evaluation_tokens(model: Path, text: str | None, tokens: str | None, dataset
         path = Path(text)
         if not path.is_file():
             raise UserError(f"text file {text} does not exist; check the path")
+        if path.suffix == ".npy":
+            raise UserError(f"{text} holds token ids; give it to --tokens")
+        if path.suffix in (".jsonl", ".parquet", ".gz"):  # else its braces and keys would be measured
+            raise UserError(
+                f"{text} holds documents, and without a protocol a text is measured as it is; give --protocol, or "
+                "join them in a .txt file"
+            )
         body = read_text(path)
     if dataset:
         body = "\n\n".join(dataset_texts(str(dataset)))

@@ -55,6 +55,19 @@ def test_wikitext2_is_rows_joined_by_blank_lines(wiki):
     assert shorter.rows.flatten().tolist() == ids[:300]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.jsonl", "holds documents.* give --protocol"),
+        ("a.npy", "holds token ids; give it to --tokens"),
+    ],
+)
+def test_plain_text_is_no_container(tmp_path, name, message):
+    (tmp_path / name).write_text('{"text": "x"}\n')
+    with pytest.raises(UserError, match=message):
+        evaluation_windows(TINY, "plain", str(tmp_path / name), None, None, None, None)
+
+
 @pytest.mark.parametrize("options", [(), ("--update-card",)])
 def test_a_checkpoint_is_no_original(run, checkpoint, wiki, options):
     card = (checkpoint / "README.md").read_text()
