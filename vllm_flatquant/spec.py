@@ -192,7 +192,7 @@ def parse_spec(config: dict[str, Any]) -> FlatQuantSpec:
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise SpecError(
             f"quantization_config.format_version is {shown(version)}, this version of vllm-flatquant reads up "
-            f"to {FORMAT_VERSION}; install a newer vllm-flatquant"
+            f"to {FORMAT_VERSION}; upgrade vllm-flatquant"
         )
     try:
         return FlatQuantSpec.model_validate(config)

@@ -87,7 +87,7 @@ def test_unquantized_model_with_the_flag_is_explained(tmp_path):
     "change, match",
     [
         ({"format_version": None}, "has no format_version: another tool wrote it"),
-        ({"format_version": 2}, "format_version is 2, .* upgrade with"),
+        ({"format_version": 2}, "format_version is 2, .* upgrade vllm-flatquant"),
         ({"colour": "red"}, "quantization_config.colour: unknown key"),
         ({"activations": {"bits": 6}}, "quantization_config.activations.bits"),
         (
