@@ -1,5 +1,6 @@
 """Fusion in a vLLM model: the pass in vLLM's compiler as on a GPU, on the operators' CPU implementations."""
 
+import gc
 import shutil
 
 import pytest
@@ -56,6 +57,17 @@ def compiled_config(folder):
     with set_current_vllm_config(vllm_config):
         compilation.set_splitting_ops_for_v1("naive", 1)
     return vllm_config
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_collected_meanwhile():
+    """A finalizer of vLLM's CPU linears calls operators. Where the collector runs it while a graph is traced, PyTorch's
+    dispatcher stays as it is in there, and later tests of this process compute without gradients."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.collect()
 
 
 @pytest.fixture
