@@ -98,9 +98,9 @@ def attention_forward(
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         module = SimpleNamespace(is_causal=module.is_causal)  # without groups to repeat again
-        plain = query.shape == key.shape and not kwargs.keys() & UNUSUAL and not kwargs.get("dropout")
+        usual = query.shape == key.shape and not kwargs.keys() & UNUSUAL and not kwargs.get("dropout")
         kind = SDPAParams(query, key, value, None, 0.0, module.is_causal, False)
-        if plain and torch.is_grad_enabled() and can_use_efficient_attention(kind):
+        if usual and torch.is_grad_enabled() and can_use_efficient_attention(kind):
             out = FusedAttention.apply(query, key, value, module.is_causal, kwargs.get("scaling"))
             return out.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

@@ -180,7 +180,7 @@ def quantize(
     if before:
         check_recipe(out, before.recipe, recipe)
     else:
-        check_out(out, overwrite, *[Path(model)] * Path(model).exists())
+        check_out(out, overwrite, Path(model))
     source, spec, tokens = check_inputs(model, out, recipe, calib, where, overwrite or resume)
     with parallel.group(where), Staging(out) as staging, explained(out, staging):
         if parallel.is_writer():

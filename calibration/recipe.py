@@ -250,8 +250,6 @@ def make_recipe(**settings: Any) -> Recipe:
         why = first["msg"].removeprefix("Value error, ")
         if first["type"] == "tuple_type":
             why = "Input should be a list, such as [qkv, down], or [] for none"
-        elif (
-            name.endswith("_clip") and len(first["loc"]) > 1
-        ):  # a number or a word: the first is no number
+        elif name.endswith("_clip") and len(first["loc"]) > 1:  # the first of several types
             why = "Input should be 'learned' or a number above 0, at most 1"
         raise UserError(f"{name}{given}: {why}") from None

@@ -30,10 +30,11 @@ _TRIES = 100
 
 def check_out(out: Path, overwrite: bool, *sources: Path) -> None:
     """UserError unless ``out`` is free, empty, or a checkpoint that may be overwritten, holds none of ``sources``, nor
-    where the user is or lives, and can be renamed."""
+    where the user is or lives, and can be renamed. A source that is not there may be a name on the hub."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder to --out")
-    held = next((source for source in sources if source.resolve().is_relative_to(out)), None)
+    there = (source for source in sources if source.exists())
+    held = next((source for source in there if source.resolve().is_relative_to(out)), None)
     if not out.name or held is not None:
         raise UserError(
             f"--out {out} is or holds {held or 'everything'}, which is read; choose another folder"

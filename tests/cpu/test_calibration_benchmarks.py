@@ -334,3 +334,16 @@ def test_speed_of_a_block(tmp_path, monkeypatch):
         (row,) = csv.DictReader(file)
     assert float(row["last_loss"]) < float(row["first_loss"]) and float(row["peak_memory_gb"]) > 0.05
     assert float(row["block_seconds"]) > 0 and "train" in row["phases"] and row["tokens"] == "128"
+
+
+def test_forms_of_a_part_compute_the_same():
+    from training_parts import attention_forms, fake_quantize_forms, sizes
+
+    assert len({size for _, size, _ in sizes()}) == 5
+    torch.manual_seed(0)
+    attention = attention_forms(2, 4, 2, 8, 16, device="cpu")
+    del attention["undivided"]  # PyTorch has its kernel on GPUs alone
+    for forms in (attention, fake_quantize_forms(8, 64, device="cpu")):
+        expected = [call() for call in forms.pop("plain")]
+        for forward, both in forms.values():
+            torch.testing.assert_close([forward(), both()], expected)
