@@ -50,17 +50,19 @@ COLUMNS = [
 PROFILE_COLUMNS = [
     "run", "date", "gpu", "vllm", "torch", "commit", "model", "format", "phase", "kernel", "count", "us",
 ]  # fmt: skip
-PLAN = {
+PLAN: dict[str, Any] = {
     "prefill": [[1, 2048], [8, 1024]],
     "decode": [1, 8, 32, 128, 256],
     "decode_prompt": 32,
     "decode_tokens": 48,
     "decode_ends": 8,
-    "repeats": {"prefill": 5, "decode": 5},
+    "repeats": 5,
+    "seconds": 3,
     "profile_decode": [1, 32, 128],
 }
 TINY_PLAN = PLAN | {"prefill": [[1, 128], [2, 64]], "decode": [1, 4], "decode_tokens": 8}
-TINY_PLAN |= {"repeats": {"prefill": 2, "decode": 3}, "profile_decode": [2]}
+TINY_PLAN |= {"repeats": 2, "seconds": 0, "profile_decode": [2]}
+"""What is measured: each figure so many times at least, and for so many seconds, since a busy host disturbs single ones."""
 BESIDE = 4 * 2**30
 """Bytes that an engine needs on a card beside weights and KV cache: 8192 tokens' activations, graphs, the context."""
 ENGINE: dict[str, Any] = {

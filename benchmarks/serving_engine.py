@@ -106,6 +106,14 @@ def measures(probe: Probe, plan: dict[str, Any]) -> dict[str, Callable[[], float
     return found
 
 
+def repeated(take: Callable[[], float], least: int, seconds: float) -> list[float]:
+    """What ``take`` gives, ``least`` times or for ``seconds``, whatever is longer."""
+    figures, end = [], time.perf_counter() + seconds
+    while len(figures) < least or time.perf_counter() < end:
+        figures.append(take())
+    return figures
+
+
 def profile(probe: Probe, plan: dict[str, Any], write: Callable[..., None]) -> None:
     """Kernels of a decode step and of a prefill step on the first GPU: how often, how long, and the step's wall time."""
 
@@ -168,7 +176,7 @@ def main() -> None:
             continue
         try:
             take()
-            figures = [take() for _ in range(plan["repeats"][name.partition("_")[0]])]
+            figures = repeated(take, plan["repeats"], plan["seconds"])
         except RuntimeError as error:
             write(error=f"{name}: {error}")
             probe.finish()
