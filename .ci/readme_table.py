@@ -52,10 +52,11 @@ SHORT = {
 }
 """Recipe -> when to use it, at the top of the page."""
 CHOSEN = {
-    "W4A16": ("flatquant-e2e-w4a16", "flatquant-wide-w4a16", "flatquant-w4a16", "gptq-w4a16"),
+    "W4A16": ("flatquant-e2e-w4a16", "flatquant-wide-w4a16", "flatquant-w4a16", "gptq-w4a16", "qronos-w4a16"),
     "W4A8": ("flatquant-e2e-w4a8", "flatquant-wide-w4a8", "flatquant-w4a8", "smoothquant-w4a8"),
     "W4A4": (
         "flatquant-e2e-w4a4", "flatquant-wide-w4a4", "flatquant-w4a4", "flatquant-w4a4-gptq", "quarot-w4a4", "spinquant-w4a4",
+        "qronos-w4a4",
     ),
     "W4A4KV4": (
         "flatquant-e2e-w4a4kv4", "flatquant-wide-w4a4kv4", "flatquant-w4a4kv4", "flatquant-w4a4kv4-gptq", "quarot-w4a4kv4",

@@ -221,8 +221,7 @@ def main() -> int:
                 jobs.append({**common, **job, "texts": left})
     status = measure(jobs, args.jobs, deadline, args.out)
     rows = [r for r in read_rows(args.out, name, calib, seq_len) if r["text"] in counts]
-    wanted = {size_of(settings)[:2] for settings, _ in recipes.values()}
-    rows = [r for r in rows if r["config"] == UNQUANTIZED or key_of(r)[-1][:2] in wanted]
+    rows = [r for r in rows if shown(r, {c: size_of(settings) for c, (settings, _) in recipes.items()})]
     if rows and args.table:
         args.table.write_text(table(rows), encoding="utf-8")
         print(args.table.read_text(encoding="utf-8"))
@@ -238,6 +237,15 @@ def read_rows(file: Path, model: str, calib: str, seq_len: int) -> Rows:
     with file.open(newline="") as f:
         rows = [r for r in csv.DictReader(f) if (r["model"], r["seq_len"]) == (model, str(seq_len))]
     return [r for r in rows if r["calib"] == calib or r["config"] == UNQUANTIZED]
+
+
+def shown(row: dict[str, str], sizes: dict[str, tuple[Any, ...]]) -> bool:
+    """Whether a row belongs beside configurations of these ``SIZE``: one of theirs has its epochs too, or a line would
+    be the mean of two lengths of training."""
+    size, config = key_of(row)[-1], row["config"]
+    if config in sizes:
+        return size == sizes[config]
+    return config == UNQUANTIZED or size[:2] in {other[:2] for other in sizes.values()}
 
 
 def key_of(row: dict[str, str]) -> tuple[Any, ...]:

@@ -148,6 +148,20 @@ def test_rows_of_another_size_are_other_rows():
     assert recipe.distill_generated == settings["distill_generated"] == 48 and recipe.epochs == 3
 
 
+def test_a_line_of_the_table_is_not_the_mean_of_two_lengths_of_training():
+    shown = script(ROOT / "benchmarks" / "accuracy.py").shown
+    row = {"text": "t", "windows": "1", "seed": "0", "config": "flatquant-w4a4"}
+
+    def of(epochs, config="flatquant-w4a4", samples=4):
+        settings = {"samples": samples, "seq_len": 8, "epochs": epochs}
+        return {**row, "config": config, "settings": json.dumps(settings)}
+
+    sizes = {"flatquant-w4a4": (4, 8, 15), "quarot-w4a4": (4, 8, 0)}
+    assert shown(of(15), sizes) and not shown(of(5), sizes)
+    assert shown(of(20, "omniquant-w4a4"), sizes) and not shown(of(20, "omniquant-w4a4", 8), sizes)
+    assert shown({**row, "config": "unquantized", "settings": "null"}, sizes)
+
+
 def test_table_and_plot_of_rows_without_seconds(tmp_path):
     rows = [
         {
