@@ -1,8 +1,12 @@
-"""Whether the Hugging Face hub can be reached, found out once instead of by every file's retries."""
+"""The Hugging Face hub: whether it can be reached, found out once instead of by every file's retries, and why a
+model does not come."""
 
 import logging
 
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from ..files import first_line
 
 ANSWER_SECONDS = 5.0
 """How long the hub may take to say anything."""
@@ -22,3 +26,17 @@ def check_hub() -> None:
             constants.ENDPOINT,
             type(error).__name__,
         )
+
+
+def why_not_downloaded(error: Exception) -> str:
+    """Why ``error`` kept a model from being downloaded and what to do, as the end of a sentence. The library's own
+    first line is often a status and a request's number only."""
+    if isinstance(error, GatedRepoError):
+        return (
+            "its authors ask for consent; give it on the model's page, then log in with `hf auth login`"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub shows you none of this name; check the name, or log in with `hf auth login` if it is private"
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and the cache has no copy; check the name, or unset it"
+    return f"{first_line(error)}; check the name and the network"

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ..spec import SCHEMES
 from .errors import UserError
@@ -101,10 +109,22 @@ class Recipe(BaseModel):
     distill_generated: int = Field(default=0, ge=0)
     seed: int = Field(default=0, ge=0, lt=2**31)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _word_or_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A word in any case is that word. YAML's ``yes`` is no number, though Python would count it as 1."""
+        name = str(info.field_name)
+        if isinstance(value, bool) and name != "diag" and cls.model_fields[name].annotation is not bool:
+            raise ValueError("yes, no, true and false mean nothing here; give a number or a word")
+        return value.lower() if isinstance(value, str) and name not in ("system", "paper") else value
+
     @field_validator("scheme")
     @classmethod
     def _known_scheme(cls, scheme: str) -> str:
         if scheme not in SCHEMES:
+            bits, cache, kv = scheme.partition("kv")
+            if bits in SCHEMES and cache:
+                raise ValueError(f"the KV cache has a setting of its own; use {bits}, and kv {kv or 4}")
             raise ValueError(f"unknown scheme; use one of {', '.join(SCHEMES)}")
         return scheme
 
@@ -127,7 +147,7 @@ class Recipe(BaseModel):
             )
         if self.v_each_head and "o" in self.transforms:
             raise ValueError(
-                "v_each_head needs o_proj without a head-axis transform; leave o out of transforms"
+                "v_each_head=True needs o_proj without a head-axis transform; leave o out of transforms"
             )
         return self
 
@@ -239,15 +259,17 @@ def make_recipe(**settings: Any) -> Recipe:
         return Recipe(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "recipe"
-        given = "" if not first["loc"] else f"={settings.get(name)!r}"
+        why = first["msg"].removeprefix("Value error, ")
+        if not first["loc"]:  # settings that do not go together: the sentence names them
+            raise UserError(why) from None
+        name = str(first["loc"][0])
+        given = f"={settings.get(name)!r}"
         if first["type"] == "extra_forbidden":
             close = get_close_matches(name, Recipe.model_fields, n=1)
             hint = (
                 f"did you mean {close[0]}?" if close else "`flatquant recipes flatquant-w4a4` shows all"
             )
             raise UserError(f"{name}{given}: a recipe has no such setting; {hint}") from None
-        why = first["msg"].removeprefix("Value error, ")
         if first["type"] == "tuple_type":
             why = "Input should be a list, such as [qkv, down], or [] for none"
         elif name.endswith("_clip") and len(first["loc"]) > 1:  # the first of several types

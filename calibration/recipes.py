@@ -298,13 +298,16 @@ def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
     UserError naming what is unknown, with what comes close.
     """
     settings, base, calib, named = {}, name, None, True
-    if name not in RECIPES:
+    if name.lower() in RECIPES:
+        base = name.lower()
+    else:
         settings = _read(name)
         named = "base" in settings
         base = settings.pop("base", DEFAULT)
         calib = settings.pop("calib", None)
-        if not isinstance(base, str) or base not in RECIPES:
+        if str(base).lower() not in RECIPES:
             raise UserError(f"{name}: base: {_unknown(str(base))}")
+        base = base.lower()
         if calib is not None and not isinstance(calib, str):
             raise UserError(f"{name}: calib must be the name of a text, not {calib!r}")
     try:
@@ -316,7 +319,10 @@ def choose_recipe(name: str = DEFAULT, **overrides: Any) -> Chosen:
 
 
 def _unknown(name: str) -> str:
-    close = get_close_matches(name, RECIPES, n=3, cutoff=0.5)
+    word = name.lower()
+    # A system or a scheme alone is the beginning or a part of many; otherwise it is mistyped.
+    parts = sorted((r for r in RECIPES if word in r), key=lambda r: not r.startswith(word))
+    close = parts[:3] if len(word) > 2 and parts else get_close_matches(word, RECIPES, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return f"there is no recipe '{name}'; {hint}`flatquant recipes` lists them"
 

@@ -27,6 +27,7 @@ from ..spec import FlatQuantSpec
 from .architectures import Architecture, find_architecture
 from .attention import ATTENTION
 from .errors import UserError
+from .hub import why_not_downloaded
 
 SIDE_FILES = (
     "tokenizer*.json",
@@ -234,9 +235,8 @@ def resolve_folder(model: str | Path) -> Path:
             )
         )
     except Exception as error:  # noqa: BLE001 - the library raises many kinds; each means the same here
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{model} is neither a folder nor a model that can be downloaded ({why}); check the name"
+            f"{model} is no folder and was not downloaded: {why_not_downloaded(error)}"
         ) from None
 
 

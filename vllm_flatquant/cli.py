@@ -114,10 +114,10 @@ def quantize(
     if preset not in (None, *PRESETS):
         raise UserError(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
     given = {
-        "scheme": scheme.lower() if scheme else None,
+        "scheme": scheme or None,
         "kv": kv,
         "lm_head": lm_head_bits,
-        "rounding": rounding.lower() if rounding else None,
+        "rounding": rounding or None,
         "group_size": group_size,
         "shards": shards,
         "samples": samples,

@@ -6,10 +6,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from huggingface_hub import constants
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import filter_repo_objects
 
 from vllm_flatquant.calibration import source
+from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.hub import check_hub
 
 
@@ -91,3 +97,30 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
     monkeypatch.setattr(source, "snapshot_download", download)
     assert source.resolve_folder("org/name") == tmp_path
     assert asked == [("org/name", WANTED)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "offline", "why"),
+    [
+        (GatedRepoError, False, "its authors ask for consent; "),
+        (RepositoryNotFoundError, False, "the hub shows you none of this name; "),
+        (
+            LocalEntryNotFoundError,
+            True,
+            "HF_HUB_OFFLINE is set, and the cache has no copy; check the name",
+        ),
+        (LocalEntryNotFoundError, False, "Got: nothing; check the name and the network"),
+    ],
+)
+def test_why_a_model_does_not_come(monkeypatch, kind, offline, why):
+    error = kind.__new__(kind)  # the constructors differ between versions of the library
+    error.args = ("Got: nothing\n(Request ID: 1)",)
+
+    def download(*_, **__):
+        raise error
+
+    monkeypatch.setattr(source, "snapshot_download", download)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError) as caught:
+        source.resolve_folder("org/name")
+    assert str(caught.value).startswith(f"org/name is no folder and was not downloaded: {why}")

@@ -118,6 +118,14 @@ def test_the_text_of_a_recipe_is_elsewhere(run, write, model, tmp_path, monkeypa
         ("transforms: qkv\n", "transforms='qkv': Input should be a list"),
         ("activation_clip: most\n", "activation_clip='most': Input should be 'learned' or a number"),
         ("kv_clip: 2\n", "kv_clip=2: Input should be 'learned' or a number above 0, at most 1"),
+        ("epochs: yes\n", "mine.yaml: epochs=True: yes, no, true and false mean nothing here"),
+        ("activation_clip: on\n", "mine.yaml: activation_clip=True: yes, no"),
+        ("scheme: W4A4KV8\n", "scheme='W4A4KV8': the KV cache .* use w4a4, and kv 8"),
+        ("group_size: 64\n", "^[^:]*mine.yaml: group_size=64 is served only with 16-bit activations"),
+        (
+            "v_each_head: yes\n",
+            "^[^:]*mine.yaml: v_each_head=True needs o_proj without",
+        ),
         ("calib: 3\n", "calib must be"),
         ("- epochs\n", "holds no settings"),
         ("", "holds no settings"),
@@ -132,6 +140,13 @@ def test_the_text_of_a_recipe_is_elsewhere(run, write, model, tmp_path, monkeypa
 def test_bad_file(write, text, message):
     with pytest.raises(UserError, match=message):
         choose_recipe(write(text))
+
+
+def test_words_in_any_case(write):
+    """As on the command line: papers, and this project's own tables, write W4A8."""
+    chosen = choose_recipe(write("base: QuaRot-W4A4\nscheme: W4A8\nrounding: RTN\nmatrix: Hadamard\n"))
+    assert chosen.recipe == choose_recipe("Quarot-W4a4", scheme="w4a8", rounding="rtn").recipe
+    assert (chosen.base, chosen.recipe.system) == ("quarot-w4a4", "QuaRot")
 
 
 def test_aliases_of_plain_values_and_flat_lists(write):
@@ -154,6 +169,13 @@ def test_bad_names():
         choose_recipe("flatquant-w4a4x")
     with pytest.raises(UserError, match="no recipe 'zzz'; `flatquant recipes` lists them"):
         choose_recipe("zzz")
+    # a system or a scheme alone
+    with pytest.raises(UserError, match="did you mean quarot-w4a4 or quarot-w4a4-rtn or quarot-w4a4kv4"):
+        choose_recipe("QuaRot")
+    with pytest.raises(UserError, match="did you mean gptq-w4a16"):
+        choose_recipe("gptq")
+    with pytest.raises(UserError, match="did you mean flatquant-w4a8"):
+        choose_recipe("W4A8")
     with pytest.raises(UserError, match=r"nowhere\.yaml does not exist"):
         choose_recipe("nowhere.yaml")
 
