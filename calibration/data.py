@@ -105,7 +105,7 @@ def iterate_texts(calib: str) -> Iterator[str]:
         yield from [text] if path.suffix == ".txt" else jsonl_texts(path, text.split("\n"))
     elif path.suffix or path.exists():
         raise UserError(
-            f"calibration source {calib} is not understood; give a .txt, .jsonl or .npy file, 'stdlib' or a "
+            f"calibration source '{calib}' is not understood; give a .txt, .jsonl or .npy file, 'stdlib' or a "
             "Hugging Face dataset name"
         )
     else:

@@ -59,7 +59,9 @@ def interrupted_run(out: Path) -> Run:
     another version."""
     text = read_run(out)
     if text is None:
-        raise UserError(f"there is no interrupted run to {out}; leave out --resume to start one")
+        finished = (out / "config.json").is_file()
+        fix = "what it holds is finished" if finished else "leave out --resume to start one"
+        raise UserError(f"there is no interrupted run to {out}; {fix}")
     try:
         return Run.model_validate_json(text)
     except ValidationError as error:

@@ -331,6 +331,8 @@ def _read(name: str) -> dict[str, Any]:
     """The settings of a YAML file; UserError if there is none, or it holds something else."""
     file = Path(name)
     if not file.is_file():
+        if file.is_dir() and file.name:
+            raise UserError(f"{name} is a folder; give its recipe.yaml, or another file or a name")
         if file.suffix in (".yaml", ".yml") or file.name != name:
             raise UserError(f"recipe file {name} does not exist; give a file or a name")
         raise UserError(_unknown(name))

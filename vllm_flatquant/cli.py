@@ -113,11 +113,14 @@ def quantize(
         raise UserError("--dry-run plans a run of one process; start it without torchrun")
     if preset not in (None, *PRESETS):
         raise UserError(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
+    named = (
+        DEFAULT if recipe is None else recipe
+    )  # "" is what an unset variable of a script gives: no default
     given = {
-        "scheme": scheme or None,
+        "scheme": scheme,
         "kv": kv,
         "lm_head": lm_head_bits,
-        "rounding": rounding or None,
+        "rounding": rounding,
         "group_size": group_size,
         "shards": shards,
         "samples": samples,
@@ -125,25 +128,26 @@ def quantize(
         "epochs": epochs,
         "seed": seed,
     }
-    reduced = preset_settings(preset, recipe or DEFAULT) if preset else {}
+    reduced = preset_settings(preset, named) if preset else {}
     changed = {**reduced, **{k: v for k, v in given.items() if v is not None}}
     if not resume or recipe is not None:
-        chosen = choose_recipe(recipe or DEFAULT, **changed)
+        chosen = choose_recipe(named, **changed)
         if calib is None and not resume:
-            chosen.check_calib(recipe or DEFAULT)
-        settings, calib = chosen.recipe, calib or chosen.calib
+            chosen.check_calib(named)
+        settings, calib = chosen.recipe, chosen.calib if calib is None else calib
     if resume:
         from .calibration.fingerprint import interrupted_run
 
         before = interrupted_run(out.resolve())
         if recipe is None:
             settings = make_recipe(**{**before.recipe.model_dump(), **changed})
-        model, calib = model or before.model, calib or before.calib
+        model, calib = model or before.model, before.calib if calib is None else calib
         device = before.device if device == "auto" else device
     if model is None:
         raise UserError(
             "Missing argument 'MODEL': the folder or Hugging Face name of the unquantized model"
         )
+    calib = "stdlib" if calib is None else calib
     # Only now: torch and Transformers take seconds, which nobody should wait for a mistyped name.
     from .tools.progress import quantize_with_progress, what_is_kept
 
@@ -157,10 +161,10 @@ def quantize(
     if dry_run:
         from .tools.planning import print_plan
 
-        print_plan(model, out, settings, calib or "stdlib", device)
+        print_plan(model, out, settings, calib, device)
         return
     try:
-        quantize_with_progress(model, out, settings, calib or "stdlib", device, overwrite, resume)
+        quantize_with_progress(model, out, settings, calib, device, overwrite, resume)
     except (KeyboardInterrupt, SystemExit) as stop:
         if launch.is_writer():
             print(f"flatquant: interrupted; {what_is_kept(out)}", file=sys.stderr)

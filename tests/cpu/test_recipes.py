@@ -180,6 +180,27 @@ def test_bad_names():
         choose_recipe("nowhere.yaml")
 
 
+def test_a_folder_is_no_recipe(tmp_path):
+    with pytest.raises(UserError, match=r"is a folder; give its recipe\.yaml"):
+        choose_recipe(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--recipe", "there is no recipe ''; `flatquant recipes` lists them"),
+        ("--scheme", "scheme='': unknown scheme"),
+        ("--rounding", "rounding='': Input should be"),
+        ("--calib", "calibration source '' is not understood"),
+    ],
+)
+def test_an_empty_option_is_no_default(run, tmp_path, option, said):
+    """A script's variable that is not set."""
+    words = ("--samples", 4, "--seq-len", 24, "--epochs", 0, option, "")
+    status, _, err = run("quantize", ROOT / "examples" / "tiny-llama", "--out", tmp_path / "out", *words)
+    assert (status, said in err, (tmp_path / "out").exists()) == (1, True, False), err
+
+
 def test_commands(run, model, calib, tmp_path):
     status, out, _ = run("recipes")
     assert status == 0

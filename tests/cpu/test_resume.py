@@ -154,6 +154,10 @@ def test_nothing_to_resume(run, tmp_path, model):
     assert status == 1
     assert "no interrupted run" in err
     assert not staging_folder(tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("{}")
+    _, _, err = run("quantize", model, "--out", tmp_path / "out", "--resume")
+    assert "no interrupted run" in err and "what it holds is finished" in err
 
 
 def test_two_runs_to_the_same_place(interrupted, tmp_path):

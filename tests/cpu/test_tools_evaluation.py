@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from eval_process import ROOT, evaluate
 from huggingface_hub import ModelCard
-from tiny_model import edit_config, edit_weights
+from tiny_model import edit_config, edit_weights, make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_flatquant.calibration.errors import UserError
@@ -74,6 +74,18 @@ def test_a_checkpoint_is_no_original(run, checkpoint, wiki, options):
     status, _, err = run("eval", checkpoint, "--text", wiki, "--original", checkpoint, *options)
     assert (status, "is a FlatQuant checkpoint; give the unquantized model" in err) == (1, True), err
     assert (checkpoint / "README.md").read_text() == card
+
+
+def test_another_model_is_no_original(run, checkpoint, wiki, tmp_path):
+    """Token ids of one mean nothing to another: the comparison would be of noise."""
+    make_model(tmp_path / "other")
+    status, _, err = run("eval", checkpoint, "--text", wiki, "--original", tmp_path / "other")
+    assert (status, "give the model that it was made from" in err) == (1, True), err
+
+
+def test_no_card_of_a_model_that_is_not_quantized(run, wiki):
+    status, _, err = run("eval", TINY, "--text", wiki, "--seq-len", 128, "--update-card")
+    assert (status, "is not quantized, and --update-card writes" in err) == (1, True), err
 
 
 @pytest.mark.parametrize("protocol", ["plain", "wikitext2"])

@@ -20,6 +20,8 @@ from .served import token_losses_vllm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("reference", "vllm", "both")
+SAME_IN_ORIGINAL = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers")
+"""What two models differ in that were not made from each other; token ids of one mean nothing to another."""
 
 
 def evaluate(
@@ -134,18 +136,31 @@ def original_folder(path: Path, original: str | None, update_card: bool) -> Path
     or the card could not be written.
     """
     if update_card:
+        if read_spec(path) is None:
+            raise UserError(
+                f"{path} is not quantized, and --update-card writes into a checkpoint's README.md; leave it out, or "
+                "give a checkpoint"
+            )
         check_card(path)
         original = original or card_original(path)
-    return unquantized(original) if original else None
+    return unquantized(original, path) if original else None
 
 
-def unquantized(original: str) -> Path:
-    """The folder of an original model; UserError if what it holds is quantized."""
+def unquantized(original: str, path: Path) -> Path:
+    """The folder of the original model of checkpoint ``path``; UserError if what it holds is quantized, or another
+    model."""
     folder = resolve_folder(original)
     if read_spec(folder) is not None:
         raise UserError(
             f"--original {original} is a FlatQuant checkpoint; give the unquantized model that it was made from"
         )
+    ours, theirs = load_config(path), load_config(folder)
+    for name in SAME_IN_ORIGINAL:
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UserError(
+                f"--original {original} has {name}={getattr(theirs, name)} and {path} {getattr(ours, name)}; give the "
+                "model that it was made from"
+            )
     return folder
 
 

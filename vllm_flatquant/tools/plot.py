@@ -81,7 +81,7 @@ def plot_folder(
         else:
             missing.append("no calibration_log.jsonl: errors and losses are not drawn")
         try:
-            base = unquantized(original or card_original(path))
+            base = unquantized(original or card_original(path), path)
         except UserError as error:
             if original:
                 raise
