@@ -32,13 +32,14 @@ from timing import commit
 from workers import run_jobs
 
 from vllm_flatquant import __version__
-from vllm_flatquant.calibration.data import calibration_tokens
+from vllm_flatquant.calibration.data import calibration_tokens, check_vocabulary
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.meter import peak_memory
 from vllm_flatquant.calibration.quantize import choose_device, quantize
 from vllm_flatquant.calibration.recipe import PRESETS, Recipe
 from vllm_flatquant.calibration.recipes import RECIPES, choose_recipe, preset_settings
 from vllm_flatquant.calibration.reference import load_reference
+from vllm_flatquant.calibration.source import ModelSource, check_context
 
 RESULTS = Path(__file__).parent / "results" / "accuracy.csv"
 FIELDS = [
@@ -74,7 +75,7 @@ OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
 """Names of rows from before there were recipes: recipe and changes."""
-LEFT_OUT = ("kv8", "w4a8", "-g128")
+LEFT_OUT = ("kv8", "w4a8-gptq", "wide-w4a8", "e2e-w4a8", "-g128")
 """Variants of recipes that ``comparison`` leaves to ``all``."""
 SIZE = ("samples", "seq_len", "epochs")
 """Settings that decide whether two rows are of the same measurement."""
@@ -90,7 +91,15 @@ def expand(configs: list[str]) -> list[str]:
 def recipe_of(config: str, common: dict, preset: str = "default") -> tuple[dict, Recipe]:
     """The settings that a row keeps, and the recipe, of a configuration. UserError if it is unknown."""
     base, _, extra = config.partition(":")
-    changes = {k: json.loads(v) for k, v in (p.split("=", 1) for p in extra.split(",") if p)}
+    changes = {}
+    for part in filter(None, extra.split(",")):
+        key, given_value, value = part.partition("=")
+        if not given_value:
+            raise UserError(f"'{part}' changes nothing; write SETTING=VALUE, such as kv=8")
+        try:
+            changes[key] = json.loads(value)
+        except ValueError:  # a word
+            changes[key] = value
     name, older = OLDER.get(base, (base, {}))
     given = {**preset_settings(preset, name), **common, **older, **changes}
     recipe = choose_recipe(name, **given).recipe
@@ -129,7 +138,7 @@ def run(job: dict) -> list[dict]:
         seconds = time.monotonic() - start
         network = load_reference(model, device)
         about = {
-            "model": Path(job["model"]).name,
+            "model": job["name"],
             "config": job["config"],
             "seed": job["seed"],
             "seq_len": job["seq_len"],
@@ -195,15 +204,20 @@ def main() -> int:
     if not all(file for _, file in texts):
         parser.error("--text takes NAME=FILE, such as heldout=examples/heldout.txt")
     try:
-        counts = window_counts(args.model, texts, seq_len, args.limit, args.first)
-        calibration_tokens(args.calib, Path(args.model), calibration["samples"], seq_len, 0)
+        source = ModelSource(args.model)
+        check_context(source.config, seq_len)
+        model = str(source.path)
+        counts = window_counts(model, texts, seq_len, args.limit, args.first)
+        rows_read = calibration_tokens(args.calib, source.path, calibration["samples"], seq_len, 0)
+        check_vocabulary(rows_read, source.config.vocab_size)
     except UserError as error:
         parser.error(str(error))
     done = {key_of(row) for row in read_rows(args.out, name, calib, seq_len)}
 
     common = {
         "stage": run,
-        "model": args.model,
+        "model": model,
+        "name": name,
         "calib": args.calib,
         "seq_len": seq_len,
         "device": args.device,
@@ -219,6 +233,8 @@ def main() -> int:
             if left:
                 job = {"config": config, "seed": seed, "settings": settings, "recipe": recipe}
                 jobs.append({**common, **job, "texts": left})
+    for file in filter(None, (args.table, args.plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
     status = measure(jobs, args.jobs, deadline, args.out)
     rows = [r for r in read_rows(args.out, name, calib, seq_len) if r["text"] in counts]
     rows = [r for r in rows if shown(r, {c: size_of(settings) for c, (settings, _) in recipes.items()})]

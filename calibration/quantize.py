@@ -50,7 +50,7 @@ from .meter import metered, total_memory
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import Rotation, rotated
-from .source import GOLDEN, ModelSource, WeightFiles
+from .source import GOLDEN, ModelSource, WeightFiles, check_context
 from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out, explained
 from .streams import (
     FULL,
@@ -94,11 +94,7 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     intermediate = shapes[arch.down][1]
     kv_heads = shapes[arch.qkv[1]][0] // head_dim
     check_shards(recipe.shards, heads, kv_heads, intermediate)
-    context = getattr(config, "max_position_embeddings", recipe.seq_len)
-    if recipe.seq_len > context:
-        raise UserError(
-            f"seq_len={recipe.seq_len} is beyond the model's context of {context} tokens; use --seq-len {context}"
-        )
+    check_context(config, recipe.seq_len)
     for name, (_, width) in shapes.items():
         on_a_rank = width // recipe.shards if name in (arch.o, arch.down) else width
         if recipe.group_size and on_a_rank % recipe.group_size:

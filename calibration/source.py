@@ -240,6 +240,15 @@ def resolve_folder(model: str | Path) -> Path:
         ) from None
 
 
+def check_context(config: PreTrainedConfig, seq_len: int) -> None:
+    """UserError if rows of ``seq_len`` tokens are longer than what the model was made for."""
+    context = getattr(config, "max_position_embeddings", seq_len)
+    if seq_len > context:
+        raise UserError(
+            f"seq_len={seq_len} is beyond the model's context of {context} tokens; use --seq-len {context}"
+        )
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dict; UserError if there is none or it is no JSON object."""
     file = folder_file(path, "config.json")

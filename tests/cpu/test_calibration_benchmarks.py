@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from test_recipes import script
@@ -136,6 +137,33 @@ def test_command_of_the_comparison(tmp_path):
     table = (out / "table.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in table[2:4]] == ["| unquantized", "| quarot-w4a4-rtn"]
     assert (out / "perplexity.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--model", "nowhere"), "model folder nowhere does not exist"),
+        (("--seq-len", "2048"), "use --seq-len 1024"),
+        (("--calib", "ids.npy"), "outside the model's vocabulary of 2048"),
+        (("--config", "quarot-w4a4:kv"), "'kv' changes nothing; write SETTING=VALUE"),
+        (("--config", "quarot-w4a4:kv=x"), "kv='x': Input should be 4, 8 or 16"),
+    ],
+)
+def test_the_comparison_says_what_is_wrong_before_it_measures(
+    tmp_path, monkeypatch, capsys, options, said
+):
+    accuracy = script(ROOT / "benchmarks" / "accuracy.py")
+    monkeypatch.chdir(tmp_path)
+    np.save("ids.npy", np.full((4, 256), 5000))
+    given = {"--model": TINY, "--calib": "stdlib", "--out": "rows.csv"}
+    given |= {"--text": f"held={ROOT / 'examples' / 'heldout.txt'}", "--samples": 4}
+    given |= {"--seq-len": 256, options[0]: options[1]}
+    words = [str(word) for pair in given.items() for word in pair]
+    monkeypatch.setattr(sys, "argv", ["accuracy.py", *words])
+    with pytest.raises(SystemExit) as end:
+        accuracy.main()
+    assert (end.value.code, said in capsys.readouterr().err) == (2, True)
+    assert not (tmp_path / "rows.csv").exists()
 
 
 def test_rows_of_another_size_are_other_rows():

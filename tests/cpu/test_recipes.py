@@ -62,12 +62,14 @@ def test_configurations_of_the_comparison(tmp_path, monkeypatch):
     assert {RECIPES[name].recipe().system for name in names} == {
         entry.recipe().system for entry in RECIPES.values()
     }
+    assert "flatquant-w4a8" in names  # the one that README.md says to try first
     for name in {row["config"] for row in rows} - {"unquantized"} | {*accuracy.OLDER, *names}:
         settings, recipe = accuracy.recipe_of(name, common)
         assert (recipe.samples, recipe.seq_len) == (8, 32)
         assert settings["epochs"] == recipe.epochs and settings["recipe"] in RECIPES
     settings, recipe = accuracy.recipe_of("w4a4-rtn-s4:kv=8,lr=0.5", common)
     assert (recipe.shards, recipe.kv, recipe.lr, settings["lr"]) == (4, 8, 0.5, 0.5)
+    assert accuracy.recipe_of("quarot-w4a4:scheme=W4A8", common)[1].scheme == "w4a8"
     pytest.importorskip("matplotlib")
     accuracy.plot([row for row in rows if row["model"] == "tiny-llama"], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10000

@@ -14,8 +14,8 @@ from ..calibration.errors import UserError
 from ..calibration.evaluate import token_losses
 from ..calibration.quantize import choose_device
 from ..calibration.reference import load_reference, read_spec
-from ..calibration.source import load_config, resolve_folder
-from .protocols import SEQ_LEN, Windows, evaluation_windows
+from ..calibration.source import check_context, load_config, resolve_folder
+from .protocols import Windows, evaluation_windows
 from .served import token_losses_vllm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,12 +56,8 @@ def evaluate(
     found = evaluation_windows(path, protocol, text, tokens, dataset, seq_len, limit)
     rows = found.rows
     for folder in (path, beside):
-        context = getattr(load_config(folder), "max_position_embeddings", SEQ_LEN) if folder else None
-        if context is not None and rows.shape[1] > context:
-            raise UserError(
-                f"seq_len={rows.shape[1]} is beyond the model's context of {context} tokens; use --seq-len "
-                f"{context}"
-            )
+        if folder:
+            check_context(load_config(folder), rows.shape[1])
     first = "vllm" if backend == "vllm" else "reference"
     losses = measure(path, rows, first, dtype, device)
     result: dict[str, Any] = {
