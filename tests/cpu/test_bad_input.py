@@ -52,7 +52,7 @@ def test_nothing_is_announced_that_is_refused(run, model, calib, tmp_path):
     words = ("quantize", model, "--out", tmp_path / "out", "--calib", calib, "--device", "cpu")
     words = (*words, "--samples", 4, "--seq-len", 24, "--epochs", 0)
     status, out, err = run(*words)
-    assert (status, out.count(f"quantizing {model} to w4a4, RTN, on cpu; ")) == (0, 1), err
+    assert (status, out.count(f"quantizing {model} to w4a4, FlatQuant, RTN, on cpu; ")) == (0, 1), err
     edit_config(model, model_type="mixtral")
     status, out, err = run(*words, "--overwrite")
     assert (status, out) == (1, "") and "mixtral" in err

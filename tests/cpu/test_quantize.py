@@ -14,6 +14,7 @@ from tiny_model import ARCHITECTURES, make_model, random_tokens
 from vllm_flatquant.calibration import export
 from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.recipes import choose_recipe
 from vllm_flatquant.calibration.reference import load_reference
 from vllm_flatquant.spec import parse_spec
 from vllm_flatquant.tools.inspection import inspect_folder, verify_folder
@@ -223,15 +224,16 @@ def test_a_block_that_got_worse_is_said(after, said, losses, words):
 
 def test_the_first_line_says_what_is_made():
     plain = make_recipe(epochs=0, rounding="gptq", samples=2, seq_len=8)
-    assert described(plain) == "w4a4, GPTQ"
+    assert described(plain) == "w4a4, FlatQuant, GPTQ"
     assert calibration(plain, "x.txt") == "calibrating on 2 x 8 tokens of x.txt"
     all_of_it = make_recipe(scheme="w4a16", kv=8, lm_head=8, group_size=128, distill_epochs=3)
     assert described(all_of_it) == (
-        "w4a16 with a scale for every 128 weights, an 8-bit KV cache, an 8-bit output head, RTN"
+        "w4a16 with a scale for every 128 weights, an 8-bit KV cache, an 8-bit output head, FlatQuant, RTN"
     )
     assert calibration(all_of_it, "y").endswith(
         "2048 tokens of y, 15 epochs for each block, 3 epochs end to end"
     )
+    assert described(choose_recipe("gptq-w4a16").recipe) == "w4a16, GPTQ"
     one = make_recipe(epochs=1, distill_epochs=1)
     assert calibration(one, "y").endswith("of y, 1 epoch for each block, 1 epoch end to end")
 

@@ -82,13 +82,16 @@ def quantize_with_progress(
 
 
 def described(recipe: Recipe) -> str:
-    """``w4a16 with a scale for every 128 weights, a 4-bit KV cache, GPTQ``"""
+    """``w4a16 with a scale for every 128 weights, a 4-bit KV cache, FlatQuant, GPTQ``"""
     extras = [f"a scale for every {recipe.group_size} weights"] if recipe.group_size else []
     for bits, part in ((recipe.kv, "KV cache"), (recipe.lm_head, "output head")):
         if bits < 16:
             extras.append(f"{'an' if bits == 8 else 'a'} {bits}-bit {part}")
     also = f" with {', '.join(extras)}" if extras else ""
-    return f"{recipe.scheme}{also}, {recipe.rounding.upper()}"
+    how = dict.fromkeys(
+        (recipe.system, {"qronos": "Qronos"}.get(recipe.rounding, recipe.rounding.upper()))
+    )
+    return f"{recipe.scheme}{also}, {', '.join(how)}"
 
 
 def calibration(recipe: Recipe, calib: str) -> str:
