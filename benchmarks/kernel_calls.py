@@ -193,8 +193,8 @@ def head_makers(n: int, k: int) -> dict[str, Callable[[], At]]:
     return {"bf16 cuBLAS": wide, "w8_linear": narrow}
 
 
-def factors(a: int, b: int) -> tuple[torch.Tensor, ...]:
-    return tuple(normal(1, size, size).div(size**0.5) for size in (a, b))
+def factors(a: int, b: int, shards: int = 1) -> tuple[torch.Tensor, ...]:
+    return tuple(normal(shards, size, size).div(size**0.5) for size in (a, b))
 
 
 def has_vllm() -> bool:
@@ -211,10 +211,12 @@ def transform_rotation(t: int, k: int) -> int:
     return copies(t * k * 2, limit=32)
 
 
-def transform_makers(a: int, b: int, peers: bool) -> dict[str, tuple[Callable[[], At], float]]:
+def transform_makers(
+    a: int, b: int, peers: bool, shards: int = 1
+) -> dict[str, tuple[Callable[[], At], float]]:
     """Each transform and what it is compared with: a maker, and the bytes it must move for a token."""
-    k = a * b
-    (left, right), clip = factors(a, b), torch.ones(1, device=DEVICE)
+    k = shards * a * b
+    (left, right), clip = factors(a, b, shards), torch.ones(shards, device=DEVICE)
     norm = torch.ones(k, device=DEVICE, dtype=BF16)
 
     def on_inputs(run: Callable[..., object], *widths: int) -> Callable[[], At]:

@@ -54,9 +54,20 @@ LAYER, LARGE = MODELS["Llama-3-8B"], MODELS["Llama-3-70B"]
 GEMMS = {"llama-8b": LAYER, "llama-70b": LARGE}
 HEAD = (128256, 4096)
 FACTORS = [(64, 64), (112, 128)]
+SPLIT = [
+    (1, 128, 200),
+    (2, 100, 128),
+    (1, 128, 148),
+    (2, 74, 128),
+    (1, 128, 224),
+    (2, 112, 128),
+    (1, 96, 144),
+    (1, 108, 128),
+]
+"""Blocks and factors of down_proj's transform that compete: Qwen3-32B, Qwen2.5-7B, Llama-3-70B, Qwen2.5-14B."""
 SHARDS = (2, 4, 8)
 LAYER_SETS = 4  # of a layer's weights, 109 MB each
-PARTS = ["llama-8b", "layer", "transform", "llama-70b", "head", "sharded"]
+PARTS = ["llama-8b", "layer", "transform", "llama-70b", "head", "sharded", "split"]
 COLUMNS = [
     "question", "kernel", "n", "k", "shards", "tokens", "us", "spread", "floor_us", "of_floor", "sm_mhz",
     "gpu", "torch", "triton", "vllm", "commit",
@@ -132,6 +143,16 @@ def compile_transforms(job: tuple[int, int, int]) -> list:
     return []
 
 
+def compile_split(job: tuple[int, int, int]) -> list:
+    """The same for SiLU*mul with the transform of so many blocks and factors."""
+    shards, a, b = job
+    make, _ = transform_makers(a, b, False, shards)["silu_mul_kron_quant"]
+    for t in (1, 256, 8192):
+        make()(t)(0)
+    torch.cuda.synchronize()
+    return []
+
+
 def compile_head(tokens: int) -> list:
     head_makers(1024, HEAD[1])["w8_linear"]()(tokens)(0)
     torch.cuda.synchronize()
@@ -154,6 +175,8 @@ def compile_jobs(parts: list[str], tokens: list[int]) -> list[tuple[Callable, ob
         square, tall = FACTORS
         few = [(*square, 1), (*square, 256), (*square, 8192), (*tall, 1), (*tall, 256)]
         jobs += [(compile_transforms, job) for job in [*few, (32, 128, 1), (32, 128, 256)]]
+    if "split" in parts:
+        jobs += [(compile_split, job) for job in SPLIT]
     if "head" in parts:
         jobs += [(compile_head, t) for t in (16, 32, 64, 128)]
     return jobs
@@ -169,7 +192,7 @@ def finish(jobs: list[Future]) -> None:
 
 def shapes_of(part: str) -> list[Shape]:
     """The GEMMs of a part, (N, K)."""
-    if part in ("layer", "transform", "head"):
+    if part in ("layer", "transform", "head", "split"):
         return list(LAYER) if part == "layer" else []
     if part == "sharded":
         return [(n, k) for n, k in LAYER if n == LAYER[1][0]]
@@ -201,14 +224,16 @@ def gemm(n: int, k: int, shards: int, kernel: str, make: Callable[[], At], quest
     )
 
 
-def transform(a: int, b: int, kernel: str, make: Callable[[], At], moved: float) -> Subject:
-    k = a * b
+def transform(
+    a: int, b: int, kernel: str, make: Callable[[], At], moved: float, shards: int = 1
+) -> Subject:
+    k = shards * a * b
     return Subject(
         "transform",
         kernel,
         b,
         k,
-        1,
+        shards,
         make,
         lambda t: transform_rotation(t, k),
         lambda t: bytes_us(moved * t),
@@ -235,6 +260,13 @@ def subjects(part: str) -> list[Subject]:
             for a, b in FACTORS
             for kernel, how in transform_makers(a, b, peers=True).items()
         ]
+    if part == "split":
+        return [
+            transform(a, b, kernel, *how, shards)
+            for shards, a, b in SPLIT
+            for kernel, how in transform_makers(a, b, True, shards).items()
+            if kernel in ("silu_mul_kron_quant", "vLLM silu_and_mul")
+        ]
     if part == "sharded":
         return [
             gemm(n, k, s, f"w4_gemm S={s}", partial(ours, n, k, s), "gemm")
@@ -248,7 +280,7 @@ def subjects(part: str) -> list[Subject]:
 
 def tokens_of(part: str, tokens: list[int]) -> list[int]:
     """Those of ``tokens`` that tell something about a part."""
-    if part == "transform":
+    if part in ("transform", "split"):
         return [t for t in tokens if t in (1, 16, 64, 256, 2048, 8192)]
     return [t for t in tokens if t <= 256] if part == "head" else tokens
 

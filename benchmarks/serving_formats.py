@@ -12,6 +12,7 @@ from string import printable
 from typing import Any
 
 from vllm_flatquant.calibration.factors import factor_pair
+from vllm_flatquant.calibration.shards import quick_shards
 from vllm_flatquant.spec import Activations, Factors, FlatQuantSpec, Producer, Sites, Weights
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -131,6 +132,9 @@ def quantization_config(form: Format, model: dict[str, Any], shards: int) -> dic
         }
     if form.flatquant is None:
         return None
+    if form.flatquant < 16:  # as `flatquant quantize` does
+        sizes = model["num_attention_heads"], model["num_key_value_heads"], model["intermediate_size"]
+        shards = max(shards, quick_shards(*sizes))
     hidden, down = (
         Factors(left=left, right=right)
         for left, right in (

@@ -1,6 +1,5 @@
 """A decoder block with every FlatQuant transform and clip trainable."""
 
-import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,10 +10,10 @@ from torch import Tensor, nn
 from ..kernels.quantize import fake_quant_kv_ref
 from ..sites import SITE_NAMES
 from .architectures import Architecture
-from .errors import UserError
 from .factors import factor_pair
 from .matrices import MATRICES, AffineMatrix
-from .recipe import SHARDS, Recipe
+from .recipe import Recipe
+from .shards import choose_shards
 from .sites import ClipRatio, Matrices, Site
 from .straight_through import recomputed, round_ste
 from .weights import WeightClip, fake_quantize_weight, grouped
@@ -149,7 +148,7 @@ class TrainableBlock(nn.Module):
         head_dim: int = attention.head_dim
         heads = linears[arch.o].in_features // head_dim
         kv_heads = linears[arch.qkv[1]].out_features // head_dim
-        check_shards(recipe.shards, heads, kv_heads, linears[arch.down].in_features)
+        shards = choose_shards(recipe, heads, kv_heads, linears[arch.down].in_features)
 
         def make_site(
             name: str, names: tuple[str, ...], shards: int, amax: Tensor, repeat: int = 0
@@ -179,9 +178,9 @@ class TrainableBlock(nn.Module):
         self.sites = nn.ModuleDict(
             {
                 "qkv": make_site("qkv", arch.qkv, 1, stats.qkv),
-                "o": make_site("o", (arch.o,), recipe.shards, stats.o, heads // kv_heads),
+                "o": make_site("o", (arch.o,), shards, stats.o, heads // kv_heads),
                 "gate_up": make_site("gate_up", arch.gate_up, 1, stats.gate_up),
-                "down": make_site("down", (arch.down,), recipe.shards, stats.down),
+                "down": make_site("down", (arch.down,), shards, stats.down),
             }
         )
         matrix = None
@@ -227,18 +226,6 @@ class TrainableBlock(nn.Module):
         clips = [p for n, p in self.named_parameters() if n.endswith("_logit")]
         rest = [p for n, p in self.named_parameters() if not n.endswith("_logit")]
         return [{"params": rest, "lr": lr}, {"params": clips, "lr": lr * clip_factor}]
-
-
-def check_shards(shards: int, heads: int, kv_heads: int, intermediate: int) -> None:
-    """Raise UserError unless ``shards`` divides the query heads and the intermediate size, and ranks can
-    share the KV heads evenly (by splitting or by repeating them)."""
-    common = math.gcd(heads, intermediate)
-    legal = [s for s in SHARDS if common % s == 0 and (kv_heads % s == 0 or s % kv_heads == 0)]
-    if shards not in legal:
-        raise UserError(
-            f"shards={shards} does not fit {heads} query heads, {kv_heads} KV heads and intermediate size "
-            f"{intermediate}; use one of {', '.join(map(str, legal))}"
-        )
 
 
 def channel_maxima(weight: Tensor, normalized: bool) -> Tensor:

@@ -16,7 +16,6 @@ from ..files import check_servable
 from ..kernels.pack import packing_step
 from ..spec import Activations, Factors, FlatQuantSpec, KVCache, Producer, Sites, Weights
 from . import parallel
-from .block import check_shards
 from .card import model_card, public_name
 from .data import calibration_tokens
 from .endtoend import LATENT, check_memory, distill, distill_tokens, finished_hidden
@@ -50,6 +49,7 @@ from .meter import metered, total_memory
 from .quantize_block import REPORT, BlockReport, load_block, quantize_block, save_block
 from .recipe import Recipe
 from .rotation import Rotation, rotated
+from .shards import choose_shards
 from .source import GOLDEN, ModelSource, WeightFiles, check_context
 from .staging import CHECKPOINT, INPUTS, Staging, block_stage, check_out, explained
 from .streams import (
@@ -93,10 +93,10 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
     heads, hidden = shapes[arch.o][1] // head_dim, shapes[arch.qkv[0]][1]
     intermediate = shapes[arch.down][1]
     kv_heads = shapes[arch.qkv[1]][0] // head_dim
-    check_shards(recipe.shards, heads, kv_heads, intermediate)
+    shards = choose_shards(recipe, heads, kv_heads, intermediate)
     check_context(config, recipe.seq_len)
     for name, (_, width) in shapes.items():
-        on_a_rank = width // recipe.shards if name in (arch.o, arch.down) else width
+        on_a_rank = width // shards if name in (arch.o, arch.down) else width
         if recipe.group_size and on_a_rank % recipe.group_size:
             raise UserError(
                 f"group_size={recipe.group_size} does not divide the input width {on_a_rank} of {name} on a "
@@ -121,14 +121,14 @@ def make_spec(source: ModelSource, recipe: Recipe) -> FlatQuantSpec:
         weights=Weights(bits=recipe.weight_bits, group_size=recipe.group_size),  # type: ignore[arg-type]
         activations=Activations(bits=recipe.activation_bits),  # type: ignore[arg-type]
         kv=KVCache(k_bits=recipe.k_bits, v_bits=recipe.v_bits, symmetric=recipe.kv != 4),  # type: ignore[arg-type]
-        shards=recipe.shards,
+        shards=shards,
         lm_head_bits=recipe.lm_head,
         ignore=["lm_head"] if recipe.lm_head == 16 else [],
         sites=Sites(
             qkv=factors("qkv", hidden, "hidden_size"),
-            o=heads // recipe.shards if "o" in online else None,
+            o=heads // shards if "o" in online else None,
             gate_up=factors("gate_up", hidden, "hidden_size"),
-            down=factors("down", intermediate // recipe.shards, "intermediate_size / shards"),
+            down=factors("down", intermediate // shards, "intermediate_size / shards"),
             k=head_dim if recipe.k_bits < 16 else None,
         ),
     )

@@ -37,7 +37,7 @@ class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
     system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache. lm_head: bits of the head.
-    shards: blocks of the o_proj and down_proj transforms. samples x seq_len tokens calibrate; each block
+    shards: blocks of the o_proj and down_proj transforms; None: one, or as few as make them quick (shards.py). samples x seq_len tokens calibrate; each block
     trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
     rotation: of the residual stream, merged into the weights first; learned: by ``rotation_steps`` steps of
@@ -77,7 +77,7 @@ class Recipe(BaseModel):
     magr_steps: int = Field(default=150, gt=0)
     weight_scale: Literal["max", "search"] = "max"
     weight_shrink: float = Field(default=1.0, gt=0, le=1)
-    shards: Literal[1, 2, 4, 8] = 1
+    shards: Literal[1, 2, 4, 8] | None = None
     samples: int = Field(default=128, gt=0)
     seq_len: int = Field(default=2048, gt=1)
     epochs: int = Field(default=15, ge=0)

@@ -71,7 +71,9 @@ def quantize(
     ] = None,
     shards: Annotated[
         int | None,
-        typer.Option(help="1, 2, 4 or 8: tensor-parallel sizes that divide it can serve [recipe]"),
+        typer.Option(
+            help="1, 2, 4 or 8: tensor-parallel sizes that divide it can serve [recipe: what suits the model]"
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="default, or quick (reduced: for trying things out)")

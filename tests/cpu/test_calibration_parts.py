@@ -2,19 +2,25 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from tiny_model import make_model, random_tokens
 
 from vllm_flatquant.calibration.data import stdlib_texts
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.factors import factor_pair
 from vllm_flatquant.calibration.matrices import MATRICES, STABILITY, AffineMatrix
+from vllm_flatquant.calibration.quantize import quantize
 from vllm_flatquant.calibration.recipe import Recipe, make_recipe
+from vllm_flatquant.calibration.reference import read_spec
+from vllm_flatquant.calibration.shards import choose_shards
 from vllm_flatquant.calibration.sites import Site
 from vllm_flatquant.calibration.straight_through import fake_quantize
 from vllm_flatquant.calibration.weights import WeightClip, fake_quantize_weight
 from vllm_flatquant.kernels.kron_quant import kron_quant_ref
 from vllm_flatquant.kernels.quantize import dequantize_weight_ref, quantize_ref
+from vllm_flatquant.spec import Factors
 
 
 @pytest.mark.parametrize("kind", MATRICES)
@@ -48,11 +54,55 @@ def test_factor_pair(n, pair):
     assert factor_pair(n) == pair
 
 
-def test_factor_pair_prefers_multiples_of_16():
+def test_factor_pair_prefers_the_smallest_tile_then_multiples_of_16():
     assert factor_pair(5120) == (64, 80)
     assert factor_pair(1536) == (32, 48)
-    assert factor_pair(768) == (16, 48)  # 24 x 32 is more balanced
+    assert factor_pair(768) == (24, 32)  # a tile of 32 x 32; 16 x 48 takes 16 x 64
     assert factor_pair(11008) == (86, 128)  # 43 is prime: no balanced pair of multiples of 16
+    assert factor_pair(13824) == (108, 128)  # 96 x 144 would take a tile of 128 x 256
+    assert factor_pair(8960) == (70, 128)  # of the same tile as 80 x 112, and one for Hopper's kernel
+    assert factor_pair(8160) == (85, 96)  # 32 x 255 has fewer products, and a factor that fills the chip
+
+
+@pytest.mark.parametrize(
+    "intermediate, heads, kv_heads, shards",
+    [
+        (14336, 32, 8, 1),
+        (25600, 64, 8, 2),
+        (18944, 28, 4, 2),
+        (28672, 64, 8, 2),
+        (29568, 64, 8, 4),
+        (18944, 27, 3, 1),
+    ],
+    ids=[
+        "Llama-3-8B",
+        "Qwen3-32B",
+        "Qwen2.5-7B",
+        "Llama-3-70B",
+        "Qwen2.5-72B",
+        "heads that cannot be split",
+    ],
+)
+def test_as_many_shards_as_make_the_kernels_quick(intermediate, heads, kv_heads, shards):
+    sizes = heads, kv_heads, intermediate
+    assert choose_shards(make_recipe(), *sizes) == shards
+    assert max(factor_pair(intermediate // shards)) <= 128 or heads == 27
+    assert (
+        choose_shards(make_recipe(scheme="w4a16"), *sizes) == 1
+    )  # served by vLLM's kernels, one scale a row
+    assert choose_shards(make_recipe(transforms=["qkv"]), *sizes) == 1
+    assert choose_shards(make_recipe(shards=1), *sizes) == 1
+    with pytest.raises(UserError, match="shards=8 does not fit 12 query heads.*use one of 1, 2, 4"):
+        choose_shards(make_recipe(shards=8), 12, 4, 1024)
+
+
+def test_a_checkpoint_of_as_many_shards(tmp_path):
+    model = make_model(tmp_path / "model", intermediate_size=2 * 67 * 128, num_hidden_layers=1)
+    np.save(tmp_path / "calib.npy", random_tokens(2, 16).numpy())
+    recipe = make_recipe(samples=2, seq_len=16, epochs=1, scheme="w4a8")
+    spec = read_spec(quantize(model, tmp_path / "out", recipe, str(tmp_path / "calib.npy"), "cpu"))
+    assert spec is not None and spec.shards == 2 and spec.sites.o == 3
+    assert spec.sites.down == Factors(left=67, right=128)
 
 
 def test_factor_pair_as_wide_as_wanted():

@@ -69,18 +69,22 @@ def small_layer(calls, monkeypatch):
     """The factors of a layer are those of Llama-3-8B: others for the small one."""
     real = calls.factors
     sizes = {(64, 64): (16, 16), (112, 128): (16, 32), (32, 16): (16, 16)}
-    monkeypatch.setattr(calls, "factors", lambda a, b: real(*sizes.get((a, b), (a, b))))
+    monkeypatch.setattr(
+        calls, "factors", lambda a, b, *shards: real(*sizes.get((a, b), (a, b)), *shards)
+    )
 
 
 def test_every_part_runs_and_is_not_run_again(bench, monkeypatch, capsys):
     small_layer(bench.calls, monkeypatch)
     monkeypatch.setattr(bench.calls, "vllm_makers", lambda n, k, count: {})
     monkeypatch.setattr(bench.calls, "has_vllm", lambda: False)
-    every = "llama-8b,layer,transform,head,sharded,1024x256"
+    monkeypatch.setattr(bench.kernels, "SPLIT", [(1, 16, 48), (2, 16, 24)])
+    every = "llama-8b,layer,transform,head,sharded,split,1024x256"
     rows = bench(f"--only={every}", "--tokens=1,16,3", "--print")
     count = {q: sum(r["question"] == q for r in rows) for q in ("gemm", "layer", "transform", "head")}
-    # Two kernels on four shapes and one of ours on two; three, eight and two kernels; transforms at powers of two.
-    assert count == {"gemm": 3 * (2 * 4 + 2), "layer": 3 * 3, "transform": 2 * 8, "head": 3 * 2}
+    # Two kernels on four shapes and one of ours on two; three, eight and two kernels; transforms at powers of two,
+    # and one of them in two ways.
+    assert count == {"gemm": 3 * (2 * 4 + 2), "layer": 3 * 3, "transform": 2 * (8 + 2), "head": 3 * 2}
     assert all(float(r["us"]) == 1.0 and float(r["floor_us"]) >= 0 for r in rows)
     printed = capsys.readouterr().out
     assert "| bf16 cuBLAS, us |" not in printed  # no model of the tables' was measured
@@ -156,7 +160,7 @@ def test_every_variant_is_compiled_first(bench, monkeypatch):
     monkeypatch.setattr(
         kernels, "GEMMS", {"llama-8b": models["Llama-3-8B"], "llama-70b": models["Llama-3-70B"]}
     )
-    jobs = kernels.compile_jobs(kernels.PARTS[:-1], kernels.TOKENS)
+    jobs = kernels.compile_jobs(kernels.PARTS[:-2], kernels.TOKENS)
     gemms = [arguments for function, arguments in jobs if function is kernels.compile_all]
     assert len(gemms) < 30 and len(jobs) == len(gemms) + 7 + 4  # and the transforms' and the head's
     for shapes in models.values():
