@@ -44,7 +44,8 @@ AIMS = {
 """Set beforehand for ``FINAL``: about half of what FlatQuant's own code loses."""
 
 SHORT = {
-    "flatquant-w4a8": "the first to try, for few tokens at a time and for many: runs the kernels of W4A4",
+    "flatquant-wide-w4a8": "the first to try, for few tokens at a time and for many: runs the kernels of W4A4",
+    "flatquant-e2e-w4a8": "the same, for models of up to about a billion weights",
     "flatquant-wide-w4a4": "to compare at 4-bit activations; no faster than W4A8",
     "flatquant-e2e-w4a4": "the same, for models of up to about a billion weights",
     "flatquant-wide-w4a16": "GPUs that do not multiply int8 fast; vLLM's weight-only kernels",
