@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import safe_open
 from torch import Tensor
 
 from .. import __version__
+from ..sites import block_tensors
+from ..spec import FlatQuantSpec
 from .errors import UserError
 from .recipe import Recipe
 from .source import is_finite
-from .staging import read_run, staging_folder
+from .staging import block_stage, read_run, staging_folder
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 CHUNK = 1 << 25
@@ -190,6 +193,19 @@ def check_same(out: Path, old: Run, new: Run) -> None:
         )
     if changed:
         raise UserError(_cannot_go_on(out, changed))
+
+
+def check_transforms(out: Path, spec: FlatQuantSpec, block: str) -> None:
+    """UserError if the finished blocks of the interrupted run to ``out`` have transforms of other sizes than ``spec``,
+    as the version that made them chose others. block: name of the first."""
+    wanted = block_tensors(spec, block)
+    for file in sorted((staging_folder(out) / block_stage(0)).glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            was = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        for name in sorted(was.keys() & wanted.keys()):
+            if wanted[name] not in (None, was[name]):
+                changed = f"vllm-flatquant has changed, and {name} is {wanted[name]} and was {was[name]}"
+                raise UserError(_cannot_go_on(out, changed))
 
 
 def _cannot_go_on(out: Path, changed: str) -> str:

@@ -35,6 +35,7 @@ from .fingerprint import (
     Run,
     check_recipe,
     check_same,
+    check_transforms,
     environment,
     interrupted_run,
     other_bits,
@@ -182,6 +183,8 @@ def quantize(
         if parallel.is_writer():
             if not before:
                 staging.refuse_finished(overwrite)  # now, not after every weight was read
+            elif not staging.has(CHECKPOINT) and not staging.is_published():
+                check_transforms(out, spec, source.block_prefix(0).removesuffix("."))
             tell.accepted()
             run = describe_run(model, calib, where, overwrite, recipe, source, tokens, before, tell)
             begin(staging, run, before, tell)

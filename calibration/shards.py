@@ -3,7 +3,7 @@
 import math
 
 from .errors import UserError
-from .factors import quick_pairs
+from .factors import QUICK_TILE, quick_pairs
 from .recipe import SHARDS, Recipe
 
 
@@ -26,12 +26,14 @@ def quick_shards(heads: int, kv_heads: int, intermediate: int) -> int:
 def choose_shards(recipe: Recipe, heads: int, kv_heads: int, intermediate: int) -> int:
     """The recipe's number of shards, or the one that suits the model where it leaves that open.
 
-    16-bit activations have one: vLLM's weight-only kernels, which serve them, take one scale for a row. Raises
-    UserError if the recipe's number does not fit the model.
+    16-bit activations and 8-bit weights have one: vLLM's kernels, which serve them, take one scale for a row, or for a
+    token. So has a transform with factors that were asked to be wider than quick. Raises UserError if the recipe's
+    number does not fit the model.
     """
     if recipe.shards is None:
-        plain = recipe.activation_bits == 16 or "down" not in recipe.transforms
-        return 1 if plain else quick_shards(heads, kv_heads, intermediate)
+        ours = recipe.activation_bits < 16 and recipe.weight_bits < 8
+        narrow = "down" in recipe.transforms and (recipe.widest_factor or 0) <= QUICK_TILE
+        return quick_shards(heads, kv_heads, intermediate) if ours and narrow else 1
     legal = legal_shards(heads, kv_heads, intermediate)
     if recipe.shards not in legal:
         raise UserError(

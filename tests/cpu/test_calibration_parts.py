@@ -87,9 +87,10 @@ def test_as_many_shards_as_make_the_kernels_quick(intermediate, heads, kv_heads,
     sizes = heads, kv_heads, intermediate
     assert choose_shards(make_recipe(), *sizes) == shards
     assert max(factor_pair(intermediate // shards)) <= 128 or heads == 27
-    assert (
-        choose_shards(make_recipe(scheme="w4a16"), *sizes) == 1
-    )  # served by vLLM's kernels, one scale a row
+    for scheme in ("w4a16", "w8a8"):  # served by vLLM's kernels, with one scale a row or a token
+        assert choose_shards(make_recipe(scheme=scheme), *sizes) == 1
+    assert choose_shards(make_recipe(widest_factor=128), *sizes) == shards
+    assert choose_shards(make_recipe(widest_factor=256), *sizes) == 1
     assert choose_shards(make_recipe(transforms=["qkv"]), *sizes) == 1
     assert choose_shards(make_recipe(shards=1), *sizes) == 1
     with pytest.raises(UserError, match="shards=8 does not fit 12 query heads.*use one of 1, 2, 4"):

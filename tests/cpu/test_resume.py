@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_flatquant.calibration import quantize_block
+import vllm_flatquant.calibration.quantize as quantize_module
+from vllm_flatquant.calibration import block, quantize_block, shards
 from vllm_flatquant.calibration.errors import UserError
 from vllm_flatquant.calibration.quantize import Callbacks, quantize
 from vllm_flatquant.calibration.recipe import make_recipe
+from vllm_flatquant.calibration.reference import read_spec
 from vllm_flatquant.calibration.staging import Staging, finished_blocks, read_run, staging_folder
 
 from ..soak.kills import contents, kill_at_random_moments
@@ -110,6 +112,31 @@ def test_refuses_what_changed(interrupted, run, tmp_path, model, calib):
     (model / "config.json").write_text(config)
     edit_weights(model, lambda t: t["model.norm.weight"].view(-1).__setitem__(0, 3.0))
     refused("model.safetensors has changed")
+
+
+def test_a_version_that_chose_other_factors(interrupted, run, tmp_path, monkeypatch):
+    """Blocks of two kinds would make a checkpoint that nothing can load."""
+    arguments = interrupted()
+    before = read_run(tmp_path / "out")
+    for module in (quantize_module, block):
+        monkeypatch.setattr(module, "factor_pair", lambda width, *_: (2, width // 2))
+    status, said, err = run("quantize", "--out", tmp_path / "out", "--resume")
+    assert (status, said, len(err.splitlines())) == (1, "", 1)
+    assert "cannot go on: vllm-flatquant has changed, and model.layers.0.mlp.down_transform.left" in err
+    assert "is (1, 2, 2) and was (1, 8, 8)" in err
+    assert (finished_blocks(tmp_path / "out"), read_run(tmp_path / "out")) == (1, before)
+    monkeypatch.undo()
+    quantize(*arguments, resume=True)
+
+
+@pytest.mark.parametrize(("given", "status"), [(1, 0), (None, 1)])
+def test_finished_blocks_keep_their_shards(interrupted, run, tmp_path, monkeypatch, given, status):
+    """Recipes of older versions always have a number."""
+    interrupted(shards=given)
+    monkeypatch.setattr(shards, "quick_shards", lambda *_: 2)
+    found, _, err = run("quantize", "--out", tmp_path / "out", "--resume")
+    assert (found, "vllm-flatquant has changed" in err) == (status, bool(status))
+    assert status or read_spec(tmp_path / "out").shards == 1
 
 
 def test_the_same_data_and_weights_elsewhere_are_the_same(interrupted, run, tmp_path, model, calib):
