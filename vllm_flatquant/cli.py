@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -12,6 +13,7 @@ import typer
 from . import __version__
 from .commands import COMMANDS, DeviceOption
 
+POLITE_STOPS = (signal.SIGTERM, signal.SIGHUP)
 QUIET = 3.0
 """Seconds that a process of torchrun leaves to another one to say what is wrong."""
 
@@ -193,6 +195,23 @@ def leave_to_others(error: Exception) -> None:
         time.sleep(2 * QUIET if stopped else QUIET)
 
 
+def stop_again(lost: "sys.UnraisableHookArgs") -> None:
+    """``sys.unraisablehook``: a stop that fell into a finalizer, where Python drops what is raised, comes again a
+    moment later, or the run would go on for hours."""
+    error = lost.exc_value
+    number = 0
+    if isinstance(error, KeyboardInterrupt):
+        number = signal.SIGINT
+    elif isinstance(error, SystemExit) and error.code in [128 + stop for stop in POLITE_STOPS]:
+        number = int(error.code) - 128
+    if not number:
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.1, os.kill, (os.getpid(), number))
+    again.daemon = True
+    again.start()
+
+
 def main() -> None:
     """Entry point: bad input ends in one sentence and status 1, no traceback."""
     # Waiting threads must not spin: on a busy machine that costs many times the work itself.
@@ -200,7 +219,8 @@ def main() -> None:
     from .calibration.errors import UserError
 
     # A polite stop unwinds as Ctrl-C does, so that nothing half-written stays.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    sys.unraisablehook = stop_again
+    for number in POLITE_STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and shall
             signal.signal(number, lambda received, _: sys.exit(128 + received))
     try:

@@ -117,6 +117,41 @@ def test_another_run_finished_there_first(model, calib, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["calib.npy", "model", "q"]
 
 
+FINALIZED = """
+import os, signal, sys, time
+from vllm_flatquant import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job may ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), int(sys.argv[1]))
+        time.sleep(0.1)
+def app():
+    Finalized()
+    time.sleep(20)
+    print("went on")
+cli.app = app
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, -signal.SIGINT)],
+)
+def test_a_stop_inside_a_finalizer_is_not_lost(number, status):
+    """Python drops what is raised there, and the tokenizer's patterns have finalizers."""
+    done = subprocess.run(
+        [sys.executable, "-c", FINALIZED, str(int(number))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (status, "")
+    assert "Exception ignored" not in done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_stopped_in_the_middle_leaves_nothing(model, calib, tmp_path, number):
     command = [
