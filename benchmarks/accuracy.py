@@ -75,7 +75,7 @@ OLDER: dict[str, tuple[str, dict]] = {
     "w4a4-rtn-s8": ("flatquant-w4a4", {"shards": 8}),
 }
 """Names of rows from before there were recipes: recipe and changes."""
-LEFT_OUT = ("kv8", "w4a8-gptq", "wide-w4a8", "e2e-w4a8", "-g128")
+LEFT_OUT = ("kv8", "w4a8-gptq", "-g128")
 """Variants of recipes that ``comparison`` leaves to ``all``."""
 SIZE = ("samples", "seq_len", "epochs")
 """Settings that decide whether two rows are of the same measurement."""

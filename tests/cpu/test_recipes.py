@@ -62,7 +62,9 @@ def test_configurations_of_the_comparison(tmp_path, monkeypatch):
     assert {RECIPES[name].recipe().system for name in names} == {
         entry.recipe().system for entry in RECIPES.values()
     }
-    assert "flatquant-w4a8" in names  # the one that README.md says to try first
+    assert {"flatquant-wide-w4a8", "flatquant-e2e-w4a8"} < set(
+        names
+    )  # README.md says to try these first
     for name in {row["config"] for row in rows} - {"unquantized"} | {*accuracy.OLDER, *names}:
         settings, recipe = accuracy.recipe_of(name, common)
         assert (recipe.samples, recipe.seq_len) == (8, 32)
