@@ -55,15 +55,8 @@ GEMMS = {"llama-8b": LAYER, "llama-70b": LARGE}
 HEAD = (128256, 4096)
 FACTORS = [(64, 64), (112, 128)]
 SPLIT = [
-    (1, 128, 200),
-    (2, 100, 128),
-    (1, 128, 148),
-    (2, 74, 128),
-    (1, 128, 224),
-    (2, 112, 128),
-    (1, 96, 144),
-    (1, 108, 128),
-]
+    (1, 128, 200), (2, 100, 128), (1, 128, 148), (2, 74, 128), (1, 128, 224), (2, 112, 128), (1, 96, 144), (1, 108, 128),
+]  # fmt: skip
 """Blocks and factors of down_proj's transform that compete: Qwen3-32B, Qwen2.5-7B, Llama-3-70B, Qwen2.5-14B."""
 SHARDS = (2, 4, 8)
 LAYER_SETS = 4  # of a layer's weights, 109 MB each

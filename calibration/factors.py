@@ -28,10 +28,10 @@ def factor_pair(n: int, name: str = "dimension", widest: int | None = None) -> t
     """(left, right) with ``left * right = n`` and ``left <= right``, as balanced as n allows.
 
     Pairs that the GPU kernels are quick with come first, then those that fit them, and among these the pairs of the
-    smallest tile, which is what a kernel multiplies: each factor is padded to a power of two. If there are several, one that Hopper's kernel takes wins, then
-    one of multiples of 16 if its sum is at most 1.3 times the smallest. widest: take the pair with the largest right
-    factor up to it that fits the kernels instead, where there is one. Raises UserError naming ``name`` if no pair has
-    both factors up to 1024.
+    smallest tile, which is what a kernel multiplies: each factor is padded to a power of two. If there are several,
+    one that Hopper's kernel takes wins, then one of multiples of 16 if its sum is at most 1.3 times the smallest.
+    widest: take the pair with the largest right factor up to it that fits the kernels instead, where there is one.
+    Raises UserError naming ``name`` if no pair has both factors up to 1024.
     """
     pairs = _pairs(n)
     fitting = [p for p in pairs if p[0] <= KERNEL_TILE[0] and p[1] <= KERNEL_TILE[1]]

@@ -37,8 +37,8 @@ class Recipe(BaseModel):
     """Every choice that decides the numbers of a checkpoint.
 
     system, paper: whose method this is. scheme: a key of ``spec.SCHEMES``. kv: bits of the KV cache. lm_head: bits of the head.
-    shards: blocks of the o_proj and down_proj transforms; None: one, or as few as make them quick (shards.py). samples x seq_len tokens calibrate; each block
-    trains for ``epochs`` over them.
+    shards: blocks of the o_proj and down_proj transforms; None: as few as make them quick (shards.py), mostly one.
+    samples x seq_len tokens calibrate; each block trains for ``epochs`` over them.
     lr is AdamW's for transforms and diagonals; clips use ``lr * clip_lr_factor``.
     rotation: of the residual stream, merged into the weights first; learned: by ``rotation_steps`` steps of
     ``rotation_batch`` rows at rate ``rotation_lr`` (learned_rotation.py).

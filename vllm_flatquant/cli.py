@@ -117,9 +117,8 @@ def quantize(
         raise UserError("--dry-run plans a run of one process; start it without torchrun")
     if preset not in (None, *PRESETS):
         raise UserError(f"preset '{preset}' is unknown; use one of {', '.join(PRESETS)}")
-    named = (
-        DEFAULT if recipe is None else recipe
-    )  # "" is what an unset variable of a script gives: no default
+    # "" is what an unset variable of a script gives, and no default.
+    named = DEFAULT if recipe is None else recipe
     given = {
         "scheme": scheme,
         "kv": kv,
@@ -218,8 +217,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from .calibration.errors import UserError
 
-    # A polite stop unwinds as Ctrl-C does, so that nothing half-written stays.
     sys.unraisablehook = stop_again
+    # A polite stop unwinds as Ctrl-C does, so that nothing half-written stays.
     for number in POLITE_STOPS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and shall
             signal.signal(number, lambda received, _: sys.exit(128 + received))
