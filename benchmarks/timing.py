@@ -26,11 +26,11 @@ def copies(bytes_each: int, at_least: int = 3 * L2_BYTES, limit: int = 48) -> in
 
 
 def graph_us(
-    call: Callable[[int], object], rotation: int, replays: int = 7, min_ms: float = 2.0
+    call: Callable[[int], object], rotation: int, replays: int = 7, min_ms: float = 2.0, least: int = 128
 ) -> list[float]:
     """Microseconds of ``call(i)``, one figure per replay of a graph that holds i = 0 .. rotation-1, repeated.
 
-    ``call`` must use buffer set ``i`` and launch on the current stream.
+    ``call`` must use buffer set ``i`` and launch on the current stream. least: calls in a graph, where they are quick.
     """
     call(0)
     torch.cuda.synchronize()
@@ -42,7 +42,7 @@ def graph_us(
     torch.cuda.synchronize()
     once = max(start.elapsed_time(end), 1e-3)  # launches included, so an overestimate for small kernels
     laps = max(
-        1, min(int(min_ms / once) + 1, 400 // rotation + 1), -(-128 // rotation) if once < 20 else 1
+        1, min(int(min_ms / once) + 1, 400 // rotation + 1), -(-least // rotation) if once < 20 else 1
     )
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

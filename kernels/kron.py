@@ -99,8 +99,8 @@ def _kron_kernel(
     inside = (i < a) & (j < b)
     at = shard * a * b + i * b + j
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for token in range(tl.program_id(0), t, tl.num_programs(0)):
         later = token + tl.num_programs(0)
         prefetch(x_ptr + shard * a * b, later, t, stride_x, a * b, AHEAD, THREADS)

@@ -54,8 +54,8 @@ def _rmsnorm_kron_kernel(
     at = i * b + j
     weight = tl.load(weight_ptr + at, mask=inside, other=0.0)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     for token in range(tl.program_id(0), t, tl.num_programs(0)):
         later = token + tl.num_programs(0)
         prefetch(x_ptr, later, t, stride_x, a * b, AHEAD, THREADS)

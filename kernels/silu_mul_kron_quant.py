@@ -80,8 +80,8 @@ def _silu_mul_kron_kernel(
     at = shard * a * b + i * b + j
     k = shards * a * b
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     x_ptr += at
     next_gate, next_up = _load(x_ptr, tl.program_id(0), t, stride_x, k, inside)
     for token in range(tl.program_id(0), t, tl.num_programs(0)):

@@ -15,7 +15,7 @@ class Tile(NamedTuple):
     kb: blocks of 128 columns a step. group: token tiles that share a weight tile while it is in L2.
     prefetch: blocks of weights asked for before the activations are there (plain kernel). ctas: 0 for the
     plain Triton kernel; else the Hopper kernel, persistent, so many programs on an SM. split: programs that
-    share a tile, each a part of K (Hopper kernel).
+    share a tile, each a part of K (Hopper kernel; 1 or a multiple of the shards).
     """
 
     bm: int
@@ -32,14 +32,15 @@ class Tile(NamedTuple):
         """Whether this tile can compute [T, k] x [n, k].
 
         The plain kernel takes everything. The Hopper kernel loads rows of a multiple of 16 bytes, an even
-        number of whole blocks in every part of K; with several shards it keeps two accumulators.
+        number of whole blocks in every part of K. A part lies in one shard; a program that has all of K keeps two
+        accumulators where there are several shards.
         """
         if not self.ctas:
             return True
-        whole = n % 8 == 0 and k % (256 * shards * self.split) == 0
-        return whole and (
-            shards == 1 or (self.split == 1 and self.bm * self.bn <= 2**14 * self.warps // 8)
-        )
+        if self.split > 1:
+            return n % 8 == 0 and self.split % shards == 0 and k % (256 * self.split) == 0
+        small = shards == 1 or self.bm * self.bn <= 2**14 * self.warps // 8
+        return n % 8 == 0 and k % (256 * shards) == 0 and small
 
 
 PLAIN = {

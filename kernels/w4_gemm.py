@@ -106,8 +106,8 @@ def _w4_gemm_kernel(
     # Scales are loaded before the products, or their latency would follow them.
     w_scale = tl.load(w_scale_ptr + row_in)
     if PDL:
-        tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     tokens = pid_m * BM + tl.arange(0, BM)
     token_in = tl.minimum(tokens, t - 1).to(tl.int64)
     step = tl.arange(0, KB * 64)

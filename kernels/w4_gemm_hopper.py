@@ -124,10 +124,11 @@ def _multiply(
             early_scale = gl.load(x_scale_ptr + tokens, mask=tokens < t, other=0.0)
         acc = gl.zeros([BN, BM], gl.int32, acc_layout)
         total = gl.zeros([BN, BM], gl.float32, acc_layout)
-        for s in gl.static_range(S):
+        # A part of a split lies in one shard; a program that has all of K goes through the shards.
+        for s in gl.static_range(S if SPLIT == 1 else 1):
             if s > 0:
                 acc = gl.zeros([BN, BM], gl.int32, acc_layout)
-            for pair in range(blocks // (2 * S * SPLIT)):
+            for pair in range(blocks // (2 * S if SPLIT == 1 else 2 * SPLIT)):
                 for half in gl.static_range(2):  # two blocks a trip, so that their registers differ
                     stage = step % STAGES
                     buffer = stage * KB + half % KB
@@ -156,20 +157,21 @@ def _multiply(
                     x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
                 total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
         finish = True
-        if SPLIT > 1:  # every program leaves its part; the last to arrive adds them, exact in any order
+        if SPLIT > 1:  # every program leaves its part; the last to arrive adds those of a shard, exact in any order
             place = (r * BM)[:, None] + m[None, :]
             gl.store(partial_ptr + item * (BN * BM) + place, acc)
             barrier()
             finish = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
             if finish:
-                acc = gl.zeros([BN, BM], gl.int32, acc_layout)
-                for part in range(SPLIT):
-                    acc += gl.load(partial_ptr + (tile * SPLIT + part) * (BN * BM) + place)
+                for s in gl.static_range(S):
+                    acc = gl.zeros([BN, BM], gl.int32, acc_layout)
+                    for part in range(s * SPLIT // S, (s + 1) * SPLIT // S):
+                        acc += gl.load(partial_ptr + (tile * SPLIT + part) * (BN * BM) + place)
+                    x_scale = early_scale
+                    if S > 1 or BM > 64:
+                        x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
+                    total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
                 gl.store(count_ptr + tile, 0)
-                x_scale = early_scale
-                if BM > 64:
-                    x_scale = gl.load(x_scale_ptr + tokens, mask=tokens < t, other=0.0)
-                total = acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
         if finish:
             y = total * w_scale[:, None]
             if HAS_BIAS:
@@ -193,10 +195,10 @@ def _w4_gemm_hopper_kernel(
     count_ptr,  # int32 [tiles], zero before and after; likewise
     t,
     n,
-    blocks,  # a multiple of 2 * S * SPLIT
+    blocks,  # a multiple of 2 * max(S, SPLIT)
     S: gl.constexpr,
     HAS_BIAS: gl.constexpr,
-    SPLIT: gl.constexpr,  # programs that share a tile, each a part of K; S is 1 then
+    SPLIT: gl.constexpr,  # programs that share a tile, each a part of K; 1 or a multiple of S
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
     KB: gl.constexpr,  # blocks of 128 columns a stage: 1 or 2
