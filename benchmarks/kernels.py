@@ -155,13 +155,16 @@ def compile_head(tokens: int) -> list:
 def compile_jobs(parts: list[str], tokens: list[int]) -> list[tuple[Callable, object]]:
     """(function, argument) for each variant that ``parts`` will run; the slowest to compile first."""
     gpu, wgmma = torch.cuda.get_device_name(), hopper(torch.device("cuda"))
-    variants: dict[tuple[Tile, int], tuple[tuple[int, int, int], list[Tile]]] = {}
+    variants: dict[tuple[Tile, int, int], tuple[tuple[int, int, int], list[Tile]]] = {}
     for part in parts:
         for n, k in shapes_of(part):
             for shards in SHARDS if part == "sharded" else (1,):
-                for t in tokens:  # the code depends on the tile and the shards: few rows serve
+                for t in (
+                    tokens
+                ):  # the code depends on the tile and the shards, for one token on K: few rows serve
                     tile = w4_gemm_tile(gpu, wgmma, t, n, k, shards)
-                    variants.setdefault((tile, shards), ((1024, k, shards), [tile]))
+                    key = tile, shards, k if tile.bm == 1 else 0
+                    variants.setdefault(key, ((1024, k, shards), [tile]))
     gemms = sorted(variants.values(), key=lambda job: -job[1][0].bm * job[1][0].bn)
     jobs: list[tuple[Callable, object]] = [(compile_all, job) for job in gemms]
     if "transform" in parts or "layer" in parts:

@@ -59,9 +59,20 @@ def plain_tiles(t: int) -> Iterator[Tile]:
     yield Tile(bm, 32, 2, 6, 2, 1, 0)
 
 
+def one_token_tiles(k: int) -> Iterator[Tile]:
+    """The kernel for one token: 4 to 64 words of 8 weights a thread and step; what is left of K from L2 or from DRAM."""
+    blocks = k // 128
+    for bn in (4, 8, 16):
+        for warps in (2, 4, 8):
+            for kb in (8, 16, 32, 64, 128):
+                if 8 <= kb * bn * 16 // (32 * warps) <= 64 and kb < 2 * blocks:
+                    for far in {0, blocks if kb < blocks else 0}:
+                        yield Tile(1, bn, warps, 1, kb, prefetch=far)
+
+
 def candidates(t: int, n: int, k: int, shards: int) -> list[Tile]:
     """What is worth trying for ``t`` tokens: small tiles that stream weights, up to wide compute tiles."""
-    tiles: list[Tile] = []
+    tiles: list[Tile] = list(one_token_tiles(k)) if t == 1 else []
     if t <= 32:
         tiles += plain_tiles(t)
     if t <= 128:
@@ -91,10 +102,11 @@ def compile_all(job: tuple[Product, list[Tile]]) -> list[tuple[Tile, str]]:
     failed = []
     for tile in tiles:
         try:
-            codes = torch.zeros(8, k, dtype=torch.int8, device="cuda")
+            t = min(tile.bm, 8)
+            codes = torch.zeros(t, k, dtype=torch.int8, device="cuda")
             weight = torch.zeros(k // 128, n, 64, dtype=torch.uint8, device="cuda")
-            scale, weight_scale = (torch.ones(size, device="cuda") for size in ((8, shards), (n, 1)))
-            out = torch.empty(8, n, dtype=torch.bfloat16, device="cuda")
+            scale, weight_scale = (torch.ones(size, device="cuda") for size in ((t, shards), (n, 1)))
+            out = torch.empty(t, n, dtype=torch.bfloat16, device="cuda")
             run_tile(codes, scale, weight, weight_scale, None, out, tile)
             torch.cuda.synchronize()
         except (RuntimeError, TritonError) as error:
@@ -161,9 +173,9 @@ def main() -> None:
     until = time.monotonic() + args.seconds
     gpu, wgmma = torch.cuda.get_device_name(), hopper(torch.device("cuda"))
 
-    # What is compiled depends on the tile, the shards and divisibility, not on N and K themselves.
+    # What is compiled depends on the tile, the shards and divisibility; for one token on K, never on N.
     jobs = {
-        (tile, product[2]): ((1024, product[1], product[2]), [tile])
+        (tile, product[2], product[1] if tile.bm == 1 else 0): ((1024, *product[1:]), [tile])
         for layer in layers.values()
         for product in layer.products().values()
         for t in tokens

@@ -45,9 +45,12 @@ LAYERS = {
     "llama-8b": Layer(4096, 32, 8, 128, 14336, 1),
     "llama-8b-2": Layer(4096, 32, 8, 128, 14336, 2),
     "llama-8b-4": Layer(4096, 32, 8, 128, 14336, 4),
+    "llama-8b-8": Layer(4096, 32, 8, 128, 14336, 8),
     "llama-70b": Layer(8192, 64, 8, 128, 28672, 2),
+    "llama-70b-tp2": Layer(8192, 32, 4, 128, 14336, 1),
     "qwen3-32b": Layer(5120, 64, 8, 128, 25600, 2),
 }
+"""With more shards than one: a number behind the name, or what suits the model. tp2: one of two ranks."""
 
 
 class Weights:
@@ -90,9 +93,7 @@ class Tokens:
                 )
 
             def normed() -> tuple[torch.Tensor, ...]:
-                return rmsnorm_kron_quant(
-                    self.x, self.residual, w.norm, 1e-5, *w.hidden, w.clip, 4
-                )[:2]
+                return rmsnorm_kron_quant(self.x, self.residual, w.norm, 1e-5, *w.hidden, w.clip, 4)[:2]
 
             product("qkv", *normed())
             self.attended.copy_(self.rotated)

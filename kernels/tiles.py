@@ -10,7 +10,7 @@ BUCKETS = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class Tile(NamedTuple):
-    """One configuration of ``w4_gemm``: ``bm`` tokens by ``bn`` weight rows.
+    """One configuration of ``w4_gemm``: ``bm`` tokens by ``bn`` weight rows. With ``bm`` 1 the kernel for one token.
 
     kb: blocks of 128 columns a step. group: token tiles that share a weight tile while it is in L2.
     prefetch: blocks of weights asked for before the activations are there (plain kernel). ctas: 0 for the
@@ -31,10 +31,12 @@ class Tile(NamedTuple):
     def fits(self, n: int, k: int, shards: int) -> bool:
         """Whether this tile can compute [T, k] x [n, k].
 
-        The plain kernel takes everything. The Hopper kernel loads rows of a multiple of 16 bytes, an even
+        The plain kernel takes everything, the one for one token whole blocks of columns. The Hopper kernel loads rows of a multiple of 16 bytes, an even
         number of whole blocks in every part of K. A part lies in one shard; a program that has all of K keeps two
         accumulators where there are several shards.
         """
+        if self.bm == 1:
+            return k % (128 * shards) == 0
         if not self.ctas:
             return True
         if self.split > 1:
@@ -61,8 +63,8 @@ def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) ->
     """The tile for ``t`` tokens and a weight [n, k] on the card named ``gpu``.
 
     A shape in the table gets its own tile. Another one on a Hopper card (``hopper``) gets that of the most
-    similar shape it fits. What was not measured on a Hopper card is taken from the H100; any other card gets the
-    plain kernel's.
+    similar shape it fits. What was not measured on a Hopper card is taken from another one; any other card gets
+    the plain kernel's.
     """
     return _tile(gpu, hopper, bucket(t), n, k, shards)
 
@@ -70,8 +72,13 @@ def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) ->
 @cache
 def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> Tile:
     if hopper:
-        base, own = TABLE["NVIDIA H100 80GB HBM3"], TABLE.get(gpu, {})
-        table = {shape: base.get(shape, {}) | own.get(shape, {}) for shape in base | own}
+        table: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
+        for card in (
+            *reversed(TABLE),
+            gpu,
+        ):  # what comes later counts: this card's own, then the first in the table
+            for measured, tiles in TABLE.get(card, {}).items():
+                table[measured] = table.get(measured, {}) | tiles
 
         def distance(shape: tuple[int, int, int]) -> float:
             size = abs(log2(shape[0] / n)) + abs(log2(shape[1] / k))

@@ -29,6 +29,7 @@ from .jit import (
 )
 from .pack import KBLOCK, unpack_device
 from .tiles import Tile, w4_gemm_tile
+from .w4_gemv import prefetch_rows, w4_gemv
 
 
 @triton.jit
@@ -47,25 +48,6 @@ def _unpack(packed, ASM: tl.constexpr):
         low = (packed << 4).to(tl.int8)
         high = (packed & -16).to(tl.int8)
     return low, high
-
-
-@triton.jit
-def _prefetch_rows(
-    w_ptr, pid_n, n, blocks, BN: tl.constexpr, BLOCKS: tl.constexpr, THREADS: tl.constexpr
-):
-    """Ask L2 for the first BLOCKS pieces of this program's weights, one instruction and one thread each."""
-    block = tl.arange(0, THREADS)
-    rows = tl.minimum(n - pid_n * BN, BN)
-    size = tl.where(block < tl.minimum(blocks, BLOCKS), rows * 64, 0)
-    start = w_ptr + (block.to(tl.int64) * n + pid_n * BN) * 64
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [start, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 @triton.jit(do_not_specialize=["t", "shard_blocks"])
@@ -100,7 +82,7 @@ def _w4_gemm_kernel(
     pid_m = first + pid % (GROUP * tiles_n) % group
     pid_n = pid % (GROUP * tiles_n) // group
     if PREFETCH > 0:
-        _prefetch_rows(w_ptr, pid_n, n, S * shard_blocks, BN, PREFETCH, THREADS)
+        prefetch_rows(w_ptr, pid_n, n, S * shard_blocks, 0, BN, PREFETCH, THREADS)
     rows = pid_n * BN + tl.arange(0, BN)
     row_in = tl.minimum(rows, n - 1)
     # Scales are loaded before the products, or their latency would follow them.
@@ -244,11 +226,13 @@ def run_tile(
     out: Tensor,
     tile: Tile,
 ) -> None:
-    """Run the kernel that ``tile`` names; Unaligned if it is Hopper's and cannot load what it is given."""
+    """Run the kernel that ``tile`` names; Unaligned if it cannot load what it is given."""
     if tile.ctas:
         from .w4_gemm_hopper import w4_gemm_hopper  # Gluon, so imported only where it is used
 
         w4_gemm_hopper(codes, scale, weight, weight_scale, bias, out, tile)
+    elif tile.bm == 1:
+        w4_gemv(codes, scale, weight, weight_scale, bias, out, tile)
     else:
         w4_gemm_triton(codes, scale, weight, weight_scale, bias, out, tile)
 

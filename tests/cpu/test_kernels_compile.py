@@ -19,6 +19,7 @@ from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
 from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_kernel
 from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_kernel
 from vllm_flatquant.kernels.w4_gemm import _w4_gemm_kernel
+from vllm_flatquant.kernels.w4_gemv import _w4_gemv_kernel
 from vllm_flatquant.kernels.w8_linear import _w8_linear_kernel
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="the interpreter compiles nothing")
@@ -67,6 +68,24 @@ def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) 
     assert "cp.async" in ptx
     assert (".local" in ptx) is False
     assert ("griddepcontrol" in ptx) == hopper
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90])
+@pytest.mark.parametrize("bn,warps,kb", [(8, 4, 32), (16, 4, 16)])
+def test_w4_gemv(arch: int, bn: int, warps: int, kb: int) -> None:
+    """Weights are asked for, 16 bytes at a time, before the kernel waits for its input; they stay in registers."""
+    hopper = arch == 90
+    asm = compiled(
+        _w4_gemv_kernel, arch, warps, 1, {"x_ptr": "i32", "w_ptr": "i32", "x_scale_ptr": "fp32", "w_scale_ptr": "fp32"},
+        S=1, SHARD_BLOCKS=32, HAS_BIAS=True, BN=bn, KB=kb, PREFETCH=0, PDL=hopper, ASM=True, THREADS=32 * warps,
+    ).asm  # fmt: skip
+    loads = kb * bn * 64 // (16 * 32 * warps)  # of weights, for a thread and step
+    sass = asm["sass"]
+    assert len(re.findall("IDP", sass)) == 8 * loads * 32 // kb
+    assert sass.count("LDG.E.128") >= 2 * loads and not re.search(r"\b(STL|LDL)", sass)
+    if hopper:
+        assert sass[: sass.index("ACQBULK")].count("LDG.E.128") >= loads
+        assert "PREEXIT" in sass[: sass.index("ACQBULK")]
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
@@ -120,7 +139,12 @@ def test_fake_quantize(arch: int, r: int, k: int, warps: int, kernel) -> None:
 
 @pytest.mark.parametrize(
     "bm,bn,warps,stages,kb,shards,split",
-    [(128, 256, 8, 5, 1, 1, 1), (128, 128, 8, 7, 1, 2, 1), (64, 64, 4, 8, 2, 1, 2), (64, 64, 4, 8, 2, 2, 4)],
+    [
+        (128, 256, 8, 5, 1, 1, 1),
+        (128, 128, 8, 7, 1, 2, 1),
+        (64, 64, 4, 8, 2, 1, 2),
+        (64, 64, 4, 8, 2, 2, 4),
+    ],
 )
 def test_w4_gemm_hopper(
     bm: int, bn: int, warps: int, stages: int, kb: int, shards: int, split: int

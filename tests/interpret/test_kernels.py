@@ -22,7 +22,7 @@ from vllm_flatquant.kernels.silu_mul_kron_quant import (
     silu_mul_kron_quant_triton,
 )
 from vllm_flatquant.kernels.tiles import Tile
-from vllm_flatquant.kernels.w4_gemm import w4_gemm_ref, w4_gemm_triton
+from vllm_flatquant.kernels.w4_gemm import run_tile, w4_gemm_ref, w4_gemm_triton
 
 pytestmark = pytest.mark.skipif(
     not INTERPRET, reason="needs TRITON_INTERPRET=1 before Triton is imported"
@@ -227,6 +227,32 @@ def test_w4_gemm_accumulators_are_exact() -> None:
     tile = Tile(16, 16, 1, 2, 2)
     w4_gemm_triton(codes, torch.ones(2, 1), pack_device(weight), torch.ones(16, 1), None, out, tile)
     assert torch.equal(out.long(), codes.long() @ weight.long().T)
+
+
+@pytest.mark.parametrize(
+    "n,k,shards,tile",
+    [
+        (16, 128, 1, Tile(1, 4, 1, 1, 1)),
+        (40, 1024, 1, Tile(1, 16, 2, 1, 4)),  # rows beyond the last, two steps
+        (33, 7 * 128, 1, Tile(1, 8, 2, 1, 4)),  # a step that ends behind the blocks
+        (24, 2 * 3 * 128, 2, Tile(1, 8, 1, 1, 2)),  # the same within each shard
+        (8, 4 * 128, 4, Tile(1, 8, 1, 1, 4)),  # a step wider than a shard
+    ],
+)
+def test_w4_gemv(n: int, k: int, shards: int, tile: Tile) -> None:
+    """One token: the integer product itself with unit scales, also at the extremes, and the reference with others."""
+    torch.manual_seed(0)
+    assert tile.fits(n, k, shards)
+    codes = torch.randint(-128, 128, (1, k), dtype=torch.int8)
+    weight = torch.randint(-8, 8, (n, k), dtype=torch.int8)
+    codes[0, ::3], weight[:, ::3] = -128, -8
+    packed, out = pack_device(weight, shards), torch.full((1, n), float("nan"))
+    run_tile(codes, torch.ones(1, shards), packed, torch.ones(n, 1), None, out, tile)
+    assert torch.equal(out.long(), codes.long() @ weight.long().T)
+    scale, weight_scale, bias = torch.rand(1, shards) + 0.1, torch.rand(n, 1) + 0.1, torch.randn(n)
+    run_tile(codes, scale, packed, weight_scale, bias, out, tile)
+    want = w4_gemm_ref(codes, scale, weight, weight_scale, bias, torch.float32)
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-4)
 
 
 def test_more_room_than_tokens() -> None:
