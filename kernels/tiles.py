@@ -28,11 +28,6 @@ class Tile(NamedTuple):
     ctas: int = 0
     split: int = 1
 
-    @property
-    def ways(self) -> int:
-        """Hopper kernel: 2 where there are twice the warps that ``bn`` rows need."""
-        return 2 if self.ctas and 16 * self.warps == 2 * self.bn else 1
-
     def fits(self, n: int, k: int, shards: int) -> bool:
         """Whether this tile can compute [T, k] x [n, k].
 
@@ -44,11 +39,10 @@ class Tile(NamedTuple):
             return k % (128 * shards) == 0
         if not self.ctas:
             return True
-        pair = 256 * self.ways
         if self.split > 1:
-            return n % 8 == 0 and self.split % shards == 0 and k % (pair * self.split) == 0
+            return n % 8 == 0 and self.split % shards == 0 and k % (256 * self.split) == 0
         small = shards == 1 or self.bm * self.bn <= 2**14 * self.warps // 8
-        return n % 8 == 0 and k % (pair * shards) == 0 and small
+        return n % 8 == 0 and k % (256 * shards) == 0 and small
 
 
 PLAIN = {

@@ -6,10 +6,6 @@ Plain Triton waits for every matrix product whose register operand was computed 
 cores stand still while weights are unpacked. Here one warp only loads (TMA) and the others keep two
 products in flight while they unpack the next weights. Programs are persistent, so the loads of the next
 tile run under the epilogue of this one.
-
-With few tokens a product is a chain of blocks that takes longer than its weights. Two ways halve it: one half of the
-warps multiplies every other block. Both see the tokens of both blocks, as all warps must, so half of what they compute
-is of no use and is dropped at the end; tensor cores have the time.
 """
 
 import torch
@@ -29,7 +25,6 @@ from .hopper_gluon import (
     descriptor,
     launch_dependents,
     load_async,
-    reinterpret,
     store_async,
     wait_for_inputs,
 )
@@ -100,37 +95,21 @@ def _load(
 
 
 @gluon.jit
-def _own_products(acc, BN: gl.constexpr, BM: gl.constexpr, layout: gl.constexpr):
-    """The sum over two blocks of [BN, BM] products, of all [2 BN, 2 BM] products of their rows with their tokens."""
-    first, second = acc.reshape([2 * BN, 2, BM]).permute((0, 2, 1)).split()
-    row = gl.arange(0, 2 * BN, gl.SliceLayout(1, first.type.layout))
-    own = gl.where((row < BN)[:, None], first, second)
-    return gl.convert_layout(gl.sum(own.reshape([2, BN, BM]), axis=0), layout)
-
-
-@gluon.jit
 def _multiply(
     w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr, bias_ptr, partial_ptr, count_ptr,
     tiles_m, tiles_n, t, n, blocks, S: gl.constexpr, HAS_BIAS: gl.constexpr, SPLIT: gl.constexpr,
-    GROUP: gl.constexpr, KB: gl.constexpr, WAYS: gl.constexpr, PDL: gl.constexpr,
+    GROUP: gl.constexpr, KB: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Consumer warps: unpack into registers, multiply, rescale, write."""
     STAGES: gl.constexpr = w_bufs.type.shape[0] // KB
     BN: gl.constexpr = w_bufs.type.shape[1]
     BM: gl.constexpr = x_bufs.type.shape[1]
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout(
-        [3, 0], [gl.num_warps(), 1], [16, min(WAYS * BM, 128), 32]
+        [3, 0], [gl.num_warps(), 1], [16, min(BM, 128), 32]
     )
     w_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 4)
-    out_layout: gl.constexpr = (
-        acc_layout if WAYS == 1 else gl.BlockedLayout([1, BM // 4], [8, 4], [gl.num_warps(), 1], [1, 0])
-    )
-    # WAYS blocks at once: a buffer holds their rows one below the other.
-    w_ways = reinterpret(w_bufs, gl.int8, [STAGES * KB // WAYS, WAYS * BN, 64], w_bufs.layout)
-    x_ways = reinterpret(x_bufs, gl.int8, [STAGES * KB // WAYS, WAYS * BM, 128], x_bufs.layout)
-    STEPS: gl.constexpr = KB // WAYS  # of a stage
-    m = gl.arange(0, BM, gl.SliceLayout(0, out_layout))
-    r = gl.arange(0, BN, gl.SliceLayout(1, out_layout))
+    m = gl.arange(0, BM, gl.SliceLayout(0, acc_layout))
+    r = gl.arange(0, BN, gl.SliceLayout(1, acc_layout))
     wait_for_inputs(PDL)
     step = 0
     for item in range(gl.program_id(0), tiles_m * tiles_n * SPLIT, gl.num_programs(0)):
@@ -140,60 +119,60 @@ def _multiply(
         rows = tile_n * BN + r
         # Scales that fit in registers are loaded before the products, or their latency would follow them.
         w_scale = gl.load(w_scale_ptr + rows, mask=rows < n, other=0.0)
-        early_scale = gl.zeros([BM], gl.float32, gl.SliceLayout(0, out_layout))
+        early_scale = gl.zeros([BM], gl.float32, gl.SliceLayout(0, acc_layout))
         if S == 1 and BM <= 64:
             early_scale = gl.load(x_scale_ptr + tokens, mask=tokens < t, other=0.0)
-        sums = gl.zeros([BN, BM], gl.int32, out_layout)
-        total = gl.zeros([BN, BM], gl.float32, out_layout)
+        acc = gl.zeros([BN, BM], gl.int32, acc_layout)
+        total = gl.zeros([BN, BM], gl.float32, acc_layout)
         # A part of a split lies in one shard; a program that has all of K goes through the shards.
         for s in gl.static_range(S if SPLIT == 1 else 1):
-            acc = gl.zeros([WAYS * BN, WAYS * BM], gl.int32, acc_layout)
-            for pair in range(blocks // WAYS // (2 * S if SPLIT == 1 else 2 * SPLIT)):
-                for half in gl.static_range(2):  # two steps a trip, so that their registers differ
+            if s > 0:
+                acc = gl.zeros([BN, BM], gl.int32, acc_layout)
+            for pair in range(blocks // (2 * S if SPLIT == 1 else 2 * SPLIT)):
+                for half in gl.static_range(2):  # two blocks a trip, so that their registers differ
                     stage = step % STAGES
-                    buffer = stage * STEPS + half % STEPS
-                    if half % STEPS == 0:
+                    buffer = stage * KB + half % KB
+                    if half % KB == 0:
                         mbarrier.wait(ready.index(stage), step // STAGES & 1)
-                    packed = w_ways.index(buffer).load(w_layout)
+                    packed = w_bufs.index(buffer).load(w_layout)
                     low, high = _unpack(packed)
-                    x = x_ways.index(buffer)
+                    x = x_bufs.index(buffer)
                     acc = warpgroup_mma(low, x.slice(0, 64, dim=1).permute((1, 0)), acc, is_async=True)
                     acc = warpgroup_mma(high, x.slice(64, 64, dim=1).permute((1, 0)), acc, is_async=True)
-                    # The products of the step before are done: if it ended a stage, that may be filled again.
+                    # The products of the block before are done: if it ended a stage, that may be filled again.
                     acc = warpgroup_mma_wait(2, deps=[acc])
-                    if half % STEPS == 0:
+                    if half % KB == 0:
                         last = free.index((step + STAGES - 1) % STAGES)
                         if half == 1:
                             mbarrier.arrive(last, count=1)
                         else:
                             mbarrier.arrive(last, count=1, pred=pair > 0)
-                    if half % STEPS == STEPS - 1:
+                    if half % KB == KB - 1:
                         step += 1
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(free.index((step + STAGES - 1) % STAGES), count=1)
-            sums = acc if WAYS == 1 else _own_products(acc, BN, BM, out_layout)
             if SPLIT == 1:
                 x_scale = early_scale
                 if S > 1 or BM > 64:
                     x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
-                total += sums.to(gl.float32) * (x_scale * 0.0625)[None, :]
+                total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
         finish = True
         if (
             SPLIT > 1
         ):  # every program leaves its part; the last to arrive adds those of a shard, exact in any order
             place = (r * BM)[:, None] + m[None, :]
-            gl.store(partial_ptr + item * (BN * BM) + place, sums)
+            gl.store(partial_ptr + item * (BN * BM) + place, acc)
             barrier()
             finish = gl.atomic_add(count_ptr + tile, 1, sem="acq_rel", scope="gpu") == SPLIT - 1
             if finish:
                 for s in gl.static_range(S):
-                    sums = gl.zeros([BN, BM], gl.int32, out_layout)
+                    acc = gl.zeros([BN, BM], gl.int32, acc_layout)
                     for part in range(s * SPLIT // S, (s + 1) * SPLIT // S):
-                        sums += gl.load(partial_ptr + (tile * SPLIT + part) * (BN * BM) + place)
+                        acc += gl.load(partial_ptr + (tile * SPLIT + part) * (BN * BM) + place)
                     x_scale = early_scale
                     if S > 1 or BM > 64:
                         x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
-                    total += sums.to(gl.float32) * (x_scale * 0.0625)[None, :]
+                    total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
                 gl.store(count_ptr + tile, 0)
         if finish:
             y = total * w_scale[:, None]
@@ -218,14 +197,13 @@ def _w4_gemm_hopper_kernel(
     count_ptr,  # int32 [tiles], zero before and after; likewise
     t,
     n,
-    blocks,  # a multiple of 2 * WAYS * max(S, SPLIT)
+    blocks,  # a multiple of 2 * max(S, SPLIT)
     S: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     SPLIT: gl.constexpr,  # programs that share a tile, each a part of K; 1 or a multiple of S
     GROUP: gl.constexpr,
     STAGES: gl.constexpr,
-    KB: gl.constexpr,  # blocks of 128 columns a stage: 1, 2 or, with two ways, 4
-    WAYS: gl.constexpr,  # 2: each half of the warps has every other block
+    KB: gl.constexpr,  # blocks of 128 columns a stage: 1 or 2
     PDL: gl.constexpr,
 ):
     BN: gl.constexpr = w_desc.block_type.shape[0]
@@ -245,7 +223,7 @@ def _w4_gemm_hopper_kernel(
         [
             (_multiply, (w_bufs, x_bufs, ready, free, y_buf, y_desc, x_scale_ptr, w_scale_ptr, bias_ptr,
                          partial_ptr, count_ptr, tiles_m, tiles_n, t, n, blocks, S, HAS_BIAS, SPLIT, GROUP,
-                         KB, WAYS, PDL)),
+                         KB, PDL)),
             (_load, (w_desc, x_desc, w_bufs, x_bufs, ready, free, tiles_m, tiles_n, n, blocks, SPLIT, GROUP,
                      KB, PDL)),
         ],
@@ -286,7 +264,7 @@ def w4_gemm_hopper(
         _w4_gemm_hopper_kernel, (min(programs, tiles * tile.split),),
         x_desc, w_desc, y_desc, scale, weight_scale, weight_scale if bias is None else bias, partial, count,
         t, n, blocks, S=shards, HAS_BIAS=bias is not None, SPLIT=tile.split, GROUP=tile.group,
-        STAGES=tile.stages, KB=tile.kb, WAYS=tile.ways, PDL=True, num_warps=tile.warps, launch_pdl=True,
+        STAGES=tile.stages, KB=tile.kb, PDL=True, num_warps=tile.warps, launch_pdl=True,
         maxnreg=65536 // (tile.ctas * 32 * (tile.warps + 4)) // 8 * 8,
     )  # fmt: skip
 

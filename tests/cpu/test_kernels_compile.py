@@ -18,7 +18,6 @@ from vllm_flatquant.kernels.kron import _kron_kernel
 from vllm_flatquant.kernels.kron_quant import _kron_quant_kernel
 from vllm_flatquant.kernels.rmsnorm_kron_quant import _rmsnorm_kron_kernel
 from vllm_flatquant.kernels.silu_mul_kron_quant import _silu_mul_kron_kernel
-from vllm_flatquant.kernels.tiles import Tile
 from vllm_flatquant.kernels.w4_gemm import _w4_gemm_kernel
 from vllm_flatquant.kernels.w4_gemv import _w4_gemv_kernel
 from vllm_flatquant.kernels.w8_linear import _w8_linear_kernel
@@ -163,7 +162,6 @@ def test_w4_gemm_hopper(
 
     meta = {
         "S": shards, "HAS_BIAS": False, "SPLIT": split, "GROUP": 8, "STAGES": stages, "KB": kb, "PDL": True,
-        "WAYS": Tile(bm, bn, warps, stages, kb, ctas=1).ways,
     }  # fmt: skip
     types = {
         "x_desc": box("i8", bm, 128, 128, 8), "w_desc": box("u8", bn, 64, 64, 8),

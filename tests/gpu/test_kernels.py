@@ -31,8 +31,6 @@ TILES = sorted(
     {Tile(*tile) for shapes in TABLE.values() for rows in shapes.values() for tile in rows.values()}
     | set(PLAIN.values())
     | {Tile(1, 8, 4, 1, 32), Tile(64, 64, 4, 8, 2, ctas=1, split=4), Tile(256, 128, 8, 4, ctas=1)}
-    | {Tile(16, 64, 8, 4, kb, ctas=1, split=split) for kb in (2, 4) for split in (1, 4)}
-    | {Tile(32, 128, 16, 4, 2, ctas=1)}
 )
 
 
