@@ -31,23 +31,23 @@ ON_CHIP = 224_000
 """Bytes of shared memory of an SM that stages and the output tile of a Hopper kernel may take."""
 
 
-def hopper_tiles(t: int, n: int, most: int) -> Iterator[Tile]:
+def hopper_tiles(t: int, n: int) -> Iterator[Tile]:
     """For up to 128 tokens: as many stages as fit beside ``ctas`` programs, or as 16 or 32 blocks of columns need.
 
     Fewer bytes on chip let the next kernel's first loads begin sooner, more keep more of this one's in flight.
     """
     bm = 16 if t <= 16 else 32 if t <= 32 else 64
-    for bn, warps in ((64, 4), (128, 4), (256, 8)):
+    kinds = [(bn, warps, kb) for bn, warps in ((64, 4), (128, 4), (256, 8)) for kb in (2, 1)]
+    for bn, warps, kb in kinds[:: 2 if t <= 32 else 1]:
         work = -(-t // bm) * -(-n // bn)
-        for split in (1, 2, 4, 7, 8):
+        for split in (1, 2, 4, 8):
             for ctas in (1, 2, 3):
                 if not 60 <= work * split <= 400 or bn * ctas > 256:
                     continue
-                for kb in (1, 2):
-                    room = (ON_CHIP // ctas - bm * bn * 2 - 2048) // (kb * (bn * 64 + bm * 128))
-                    for stages in {min(room, blocks // kb) for blocks in (8, 16, most)}:
-                        if stages >= 3:
-                            yield Tile(bm, bn, warps, stages, kb, ctas=ctas, split=split)
+                room = (ON_CHIP // ctas - bm * bn * 2 - 2048) // (kb * (bn * 64 + bm * 128))
+                for stages in {min(room, blocks // kb) for blocks in (16, 32)}:
+                    if stages >= 3:
+                        yield Tile(bm, bn, warps, stages, kb, ctas=ctas, split=split)
 
 
 def plain_tiles(t: int) -> Iterator[Tile]:
@@ -76,7 +76,7 @@ def candidates(t: int, n: int, k: int, shards: int) -> list[Tile]:
     if t <= 32:
         tiles += plain_tiles(t)
     if t <= 128:
-        tiles += hopper_tiles(t, n, 32)
+        tiles += hopper_tiles(t, n)
     if 64 < t <= 512:
         for split in (1, 2, 4) if n * t < 2**23 else (1,):
             tiles += [
@@ -161,6 +161,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", default="llama-8b", help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--tokens", default=",".join(map(str, BUCKETS)))
+    parser.add_argument("--sites", default="gate_up,down,qkv,o", help="products to tune")
     parser.add_argument("--gain", type=float, default=0.002, help="least gain of the layer for a change")
     parser.add_argument("--log", default="tune.jsonl")
     parser.add_argument("--out", help="the table to update, kernels/tile_table.py")
@@ -201,7 +202,7 @@ def main() -> None:
             }
             before = tuner.us(tiles, 9)
             for site, product in layer.products().items():
-                if t not in found.get(product, {}):
+                if site in args.sites.split(",") and t not in found.get(product, {}):
                     tiles[site] = tuner.best(site, product, tiles, set(failed), args.gain)
                     found.setdefault(product, {})[t] = tiles[site]
             print(f"{name} T={t}: {before:.2f} -> {tuner.us(tiles, 9):.2f} us", flush=True)

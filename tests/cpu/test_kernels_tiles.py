@@ -11,12 +11,15 @@ H100 = "NVIDIA H100 80GB HBM3"
 
 
 def test_every_measured_tile_fits_its_shape() -> None:
-    for gpu, shapes in TABLE.items():
+    together: dict[tuple[int, int, int], set[int]] = {}  # a card takes what it lacks from the others
+    for shapes in TABLE.values():
         for (n, k, shards), rows in shapes.items():
             assert set(rows) <= set(BUCKETS)
-            assert gpu != H100 or (1 in rows and 8192 in rows)  # other cards add to its rows
-            for tile in rows.values():
+            together.setdefault((n, k, shards), set()).update(rows)
+            for t, tile in rows.items():
                 assert Tile(*tile).fits(n, k, shards)
+                assert t == 1 or tile[0] > 1  # the kernel for one token takes no more
+    assert all(1 in tokens and max(tokens) >= 2048 for tokens in together.values())
 
 
 def test_a_measured_shape_gets_its_own_tile() -> None:
@@ -25,12 +28,18 @@ def test_a_measured_shape_gets_its_own_tile() -> None:
             assert w4_gemm_tile(H100, True, t, n, k, shards) == Tile(*tile)
 
 
-def test_a_card_with_a_few_rows_takes_the_others_from_the_h100(monkeypatch) -> None:
+def test_a_card_takes_what_it_lacks_from_the_others(monkeypatch) -> None:
+    """Its own rows count, then those of the first card in the table, then the next one's."""
     monkeypatch.setitem(TABLE, "a card", {(4096, 4096, 1): {16: tuple(PLAIN[16])}})
     tiles._tile.cache_clear()
     for t, n, k in [(1, 4096, 4096), (64, 4096, 4096), (16, 28672, 4096), (8192, 10240, 8192)]:
         assert w4_gemm_tile("a card", True, t, n, k, 1) == w4_gemm_tile(H100, True, t, n, k, 1)
     assert w4_gemm_tile("a card", True, 16, 4096, 4096, 1) == PLAIN[16]
+    h200 = TABLE["NVIDIA H200"]
+    assert 2048 not in TABLE[H100][4096, 4096, 1] and (4096, 4096, 2) not in TABLE[H100]
+    assert w4_gemm_tile(H100, True, 2048, 4096, 4096, 1) == Tile(*h200[4096, 4096, 1][2048])
+    assert w4_gemm_tile(H100, True, 1, 4096, 4096, 2) == Tile(*h200[4096, 4096, 2][1])
+    assert list(TABLE)[0] == H100
     tiles._tile.cache_clear()
 
 
