@@ -207,6 +207,11 @@ def from_cache(log: str) -> bool:
     return "Directly load " in log or "as in the compile cache" in log
 
 
+def compiled_anew(log: str) -> bool:
+    """Whether vLLM compiled its graphs though there may have been a compile cache."""
+    return "torch.compile took" in log and not from_cache(log)
+
+
 def ran_as(name: str, log: str) -> tuple[str, str]:
     """(format, kernels) for the results: the format's own name only if its kernels ran."""
     form, kernels = FORMATS[name], kernels_in(log)

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from serving_formats import FORMATS, write_model
-
 from vllm_flatquant.tools.server import serve
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +35,7 @@ def measure(run: Any, model: str, name: str) -> Iterator[dict[str, Any]]:
     """Rows of one format: a server's throughput, its latencies at each request rate, and the throughput without a
     server. What fails is an error row."""
     work = run.folder(model, name)
-    folder = write_model(work / "model", model, FORMATS[name], run.size)
+    folder = run.model(model, name)
     environment = run.environment(model, name)
     tiny = model == "tiny"
     sizes = [

@@ -39,7 +39,7 @@ def test_a_card_takes_what_it_lacks_from_the_others(monkeypatch) -> None:
     assert 2048 not in TABLE[H100][4096, 4096, 1] and (4096, 4096, 2) not in TABLE[H100]
     assert w4_gemm_tile(H100, True, 2048, 4096, 4096, 1) == Tile(*h200[4096, 4096, 1][2048])
     assert w4_gemm_tile(H100, True, 1, 4096, 4096, 2) == Tile(*h200[4096, 4096, 2][1])
-    assert list(TABLE)[0] == H100
+    assert next(iter(TABLE)) == H100
     tiles._tile.cache_clear()
 
 

@@ -65,6 +65,26 @@ def run(benchmarks, tmp_path, monkeypatch):
     return make
 
 
+def test_a_start_is_warm_if_its_graphs_came_from_the_cache(run, capsys):
+    """And they do only where the model's path, which is in vLLM's key, stays from run to run."""
+
+    def measure(log):
+        work = now.folder("tiny", "bf16")
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "log").write_text(log)
+        now.take("tiny", "bf16", iter([{"measure": "start_warm", "value": 1.0, "unit": "s"}]))
+        return capsys.readouterr().out.split()[2]
+
+    now = run()
+    assert measure("INFO torch.compile took 17.5 s in total\n") == "start"
+    later = run()
+    later.common["run"] += "-later"
+    now = later
+    assert measure(WARM.splitlines()[-1] + "\nINFO torch.compile took 1.5 s in total\n") == "start_warm"
+    assert measure("") == "start_warm"  # nothing is compiled at all
+    assert run().model("tiny", "bf16") == later.model("tiny", "bf16")
+
+
 def test_warm_start_is_judged_by_the_start_that_compiled(benchmarks, run):
     def label(log):
         work = now.folder("tiny", "flatquant-w4a4")
