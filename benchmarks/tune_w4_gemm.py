@@ -5,8 +5,9 @@
 Every candidate is compiled in parallel first, compared with the plain kernel, then timed within a layer by graph
 replay over rotating weights (`tuned_layer.py` says why): one product after the other, the largest weight first, the
 rest with the best tiles so far. The three best and the present tile are timed again, in turns; the present one stays
-unless another makes the layer quicker by more than --gain. Every figure goes to --log, one JSON line each, and the
-table is written after each number of tokens: what a run that was cut off did not reach keeps the tile it had.
+unless another makes the layer quicker by more than --gain. Every figure goes to --log, one JSON line each, the layer's time
+before and after to results/tuned_layers.csv, and the table is written after each number of tokens: what a run that was
+cut off did not reach keeps the tile it had.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import torch
-from timing import graph_us, need_gpu, summary
+from timing import RESULTS, Table, environment, graph_us, need_gpu, summary
 from triton.runtime.errors import TritonError
 from tuned_layer import LAYERS, Product, Tokens, Weights
 
@@ -27,6 +29,7 @@ from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import BUCKETS, PLAIN, Tile, bucket, w4_gemm_tile
 from vllm_flatquant.kernels.w4_gemm import run_tile
 
+COLUMNS = ["gpu", "torch", "triton", "commit", "layer", "tokens", "before_us", "us"]
 ON_CHIP = 224_000
 """Bytes of shared memory of an SM that stages and the output tile of a Hopper kernel may take."""
 
@@ -164,6 +167,7 @@ def main() -> None:
     parser.add_argument("--sites", default="gate_up,down,qkv,o", help="products to tune")
     parser.add_argument("--gain", type=float, default=0.002, help="least gain of the layer for a change")
     parser.add_argument("--log", default="tune.jsonl")
+    parser.add_argument("--results", type=Path, default=RESULTS / "tuned_layers.csv")
     parser.add_argument("--out", help="the table to update, kernels/tile_table.py")
     parser.add_argument("--workers", type=int, default=min(15, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after them")
@@ -188,6 +192,7 @@ def main() -> None:
     for tile, why in failed.items():
         print("skipped", tile, why, flush=True)
 
+    results = Table(args.results, COLUMNS, COLUMNS)
     found: dict[Product, dict[int, Tile]] = {}
     for name, layer in layers.items():
         count = 4 if layer.hidden <= 4096 else 2
@@ -200,12 +205,17 @@ def main() -> None:
                 site: found.get(p, {}).get(t) or w4_gemm_tile(gpu, wgmma, t, *p)
                 for site, p in layer.products().items()
             }
-            before = tuner.us(tiles, 9)
+            first = dict(tiles)
             for site, product in layer.products().items():
                 if site in args.sites.split(",") and t not in found.get(product, {}):
                     tiles[site] = tuner.best(site, product, tiles, set(failed), args.gain)
                     found.setdefault(product, {})[t] = tiles[site]
-            print(f"{name} T={t}: {before:.2f} -> {tuner.us(tiles, 9):.2f} us", flush=True)
+            # In turns: a card that has been busy is slower.
+            turns = [(tuner.us(first, 5), tuner.us(tiles, 5)) for _ in range(3)]
+            before, after = (sorted(figures)[1] for figures in zip(*turns, strict=True))
+            print(f"{name} T={t}: {before:.2f} -> {after:.2f} us", flush=True)
+            row = {"layer": name, "tokens": t, "before_us": f"{before:.2f}", "us": f"{after:.2f}"}
+            results.append(environment() | row)
             if args.out:
                 write(args.out, gpu, found)
 
