@@ -167,24 +167,23 @@ def plot(results: Path, out: Path) -> None:
     found = {key: runs for key, runs in found.items() if key[3] == OWN or (*key[:3], OWN) not in found}
     if not found:
         raise SystemExit(f"{results} has no peer beside bf16; measure fp8, say, first")
+    # The panel with most formats first; a format has one colour in all of them.
+    found = dict(sorted(found.items(), key=lambda item: -len(item[1])))
+    every = _sorted({name: {} for runs in found.values() for name in runs if name != "bf16"})
+    grays, greens = plt.get_cmap("Greys"), plt.get_cmap("viridis")
+    ours = [name for name in every if name.startswith("flatquant")]
+    peers = [name for name in every if name not in ours]
+    color = {name: greens(0.15 + 0.75 * i / len(ours)) for i, name in enumerate(ours)}
+    color |= {name: grays(0.25 + 0.55 * i / len(peers)) for i, name in enumerate(peers)}
     figure, panels = plt.subplots(len(found), 1, figsize=(10, 4.6 * len(found)), squeeze=False)
     for axes, ((model, gpu, vllm, _), runs) in zip(panels[:, 0], found.items(), strict=True):
         measures = _of(runs, ("prefill_", "decode_"))
         names = [n for n in _sorted(runs) if n != "bf16" and any(m in runs[n] for m in measures)]
         width = 0.8 / max(1, len(names))
-        grays = plt.get_cmap("Greys")
-        colors = plt.get_cmap("viridis")
-        ours = [n for n in names if n.startswith("flatquant")]
-        peers = [n for n in names if n not in ours]
         for index, name in enumerate(names):
-            color = (
-                colors(0.15 + 0.75 * ours.index(name) / max(1, len(ours)))
-                if name in ours
-                else grays(0.25 + 0.55 * peers.index(name) / max(1, len(peers)))
-            )
             heights = [runs[name].get(m, {}).get("ratio", 0) for m in measures]
             places = [i - 0.4 + (index + 0.5) * width for i in range(len(measures))]
-            axes.bar(places, heights, width * 0.92, color=color, label=name)
+            axes.bar(places, heights, width * 0.92, color=color[name], label=name)
         axes.axhline(1, color="black", linewidth=0.8)
         axes.set_xticks(range(len(measures)), [m.replace("_", " ") for m in measures])
         axes.set_ylabel("speed relative to bf16")
