@@ -147,8 +147,11 @@ class Tuner:
                 line = {"t": self.t, "site": site, "product": product, "us": rows[-1][0], "tile": tile}
                 log.write(json.dumps(line) + "\n")
         finalists = list(dict.fromkeys([present] + [tile for _, tile in sorted(rows)[:3]]))
-        again = [[self.us(tiles | {site: tile}, 5) for tile in finalists] for _ in range(3)]
-        middle = [sorted(figures)[1] for figures in zip(*again, strict=True)]
+        again: dict[Tile, list[float]] = {tile: [] for tile in finalists}
+        for turn in range(5):
+            for tile in finalists[:: -1 if turn % 2 else 1]:
+                again[tile].append(self.us(tiles | {site: tile}, 5))
+        middle = [sorted(again[tile])[2] for tile in finalists]
         us, tile = min(zip(middle, finalists, strict=True))
         chosen = tile if us < (1 - gain) * middle[0] else present
         print(
@@ -165,7 +168,7 @@ def main() -> None:
     parser.add_argument("--layers", default="llama-8b", help=f"of {', '.join(LAYERS)}")
     parser.add_argument("--tokens", default=",".join(map(str, BUCKETS)))
     parser.add_argument("--sites", default="gate_up,down,qkv,o", help="products to tune")
-    parser.add_argument("--gain", type=float, default=0.002, help="least gain of the layer for a change")
+    parser.add_argument("--gain", type=float, default=0.005, help="least gain of the layer for a change")
     parser.add_argument("--log", default="tune.jsonl")
     parser.add_argument("--results", type=Path, default=RESULTS / "tuned_layers.csv")
     parser.add_argument("--out", help="the table to update, kernels/tile_table.py")
@@ -214,10 +217,10 @@ def main() -> None:
             turns = [(tuner.us(first, 5), tuner.us(tiles, 5)) for _ in range(3)]
             before, after = (sorted(figures)[1] for figures in zip(*turns, strict=True))
             print(f"{name} T={t}: {before:.2f} -> {after:.2f} us", flush=True)
-            row = {"layer": name, "tokens": t, "before_us": f"{before:.2f}", "us": f"{after:.2f}"}
-            results.append(environment() | row)
             if args.out:
                 write(args.out, gpu, found)
+            row = {"layer": name, "tokens": t, "before_us": f"{before:.2f}", "us": f"{after:.2f}"}
+            results.append(environment() | row)
 
 
 def write(path: str, gpu: str, best: dict[Product, dict[int, Tile]]) -> None:
@@ -233,14 +236,11 @@ def write(path: str, gpu: str, best: dict[Product, dict[int, Tile]]) -> None:
         file.write('"""Measured tiles, written by benchmarks/tune_w4_gemm.py: ')
         file.write('{GPU: {(N, K, shards): {tokens: tile}}}."""\n\n')
         file.write("TABLE: dict[str, dict[tuple[int, int, int], dict[int, tuple[int, ...]]]] = {\n")
-        for name in sorted(table):
+        for name, shapes in table.items():  # in their order, in which cards lend each other rows
             file.write(f'    "{name}": {{\n')
-            for shape in sorted(table[name]):
+            for shape, rows in sorted(shapes.items()):
                 file.write(f"        {shape}: {{\n")
-                file.writelines(
-                    f"            {t}: {tuple(table[name][shape][t])},\n"
-                    for t in sorted(table[name][shape])
-                )
+                file.writelines(f"            {t}: {tuple(tile)},\n" for t, tile in sorted(rows.items()))
                 file.write("        },\n")
             file.write("    },\n")
         file.write("}\n")

@@ -83,7 +83,7 @@ class Tokens:
         }
 
     def layer_with(self, tiles: dict[str, Tile]) -> Call:
-        """A call of the whole layer on weights ``i``. A copy stands for attention: a kernel without dependent launch."""
+        """A call of the whole layer on weights ``i``. A copy stands for attention: nothing is launched ahead of it."""
         w = self.weights
 
         def call(i: int) -> None:

@@ -85,11 +85,16 @@ def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> T
             unlike = (shape[2] > 1) != (shards > 1)  # one accumulator or two: other tiles
             return size + 0.1 * abs(log2(shape[2] / shards)) + 8 * unlike
 
-        for shape in sorted(table, key=distance):
-            rows = table[shape]
-            tile = Tile(*rows[bucket(tokens, tuple(sorted(rows)))])
-            if tile.fits(n, k, shards):
-                return tile
+        nearest = sorted(table, key=distance)
+        for most in (
+            2 * tokens,
+            max(BUCKETS),
+        ):  # a tile for many more tokens would be half empty: rather another shape's
+            for shape in nearest:
+                row = bucket(tokens, tuple(sorted(table[shape])))
+                tile = Tile(*table[shape][row])
+                if row <= most and tile.fits(n, k, shards) and (tile.bm > 1 or tokens == 1):
+                    return tile
     return PLAIN[bucket(tokens, tuple(PLAIN))]
 
 

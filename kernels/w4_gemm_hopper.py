@@ -269,7 +269,7 @@ def w4_gemm_hopper(
     )  # fmt: skip
 
 
-_SETS, _TILES = 64, 4096
+_SETS, _TILES = 64, 2**14
 _COUNTERS: dict[torch.device, Tensor] = {}
 _turn = 0
 

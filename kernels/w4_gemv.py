@@ -131,8 +131,10 @@ def w4_gemv(
 ) -> None:
     """Write the product of one token into ``out`` [1, N]. Shapes as ``w4_gemm``; what it can take, ``Tile.fits`` says.
 
-    Raises Unaligned where codes or weight do not start at a multiple of 16 bytes.
+    Raises Unaligned where codes or weight do not start at a multiple of 16 bytes, ValueError for more tokens.
     """
+    if codes.shape[0] != 1:
+        raise ValueError(f"flatquant: {tile} is for one token, and these are {codes.shape[0]}")
     if codes.data_ptr() % 16 or weight.data_ptr() % 16:
         raise Unaligned
     blocks, n, _ = weight.shape
@@ -141,7 +143,7 @@ def w4_gemv(
     extra = {"launch_pdl": True} if pdl else {}
     launch(
         _w4_gemv_kernel, (triton.cdiv(n, tile.bn),),
-        codes.view(torch.int32), scale, weight.view(torch.int32), weight_scale,
+        codes.reshape(-1).view(torch.int32), scale, weight.view(torch.int32), weight_scale,
         weight_scale if bias is None else bias, out, n, S=shards, SHARD_BLOCKS=blocks // shards,
         HAS_BIAS=bias is not None, BN=tile.bn, KB=tile.kb, PREFETCH=tile.prefetch if pdl else 0, PDL=pdl,
         ASM=not INTERPRET, THREADS=32 * tile.warps, num_warps=tile.warps, num_stages=1, **extra,

@@ -16,6 +16,7 @@ from vllm_flatquant.kernels import (
     silu_mul_kron_quant,
     w4_gemm,
     w4_gemm_hopper,
+    w4_gemv,
 )
 from vllm_flatquant.kernels.tile_table import TABLE
 from vllm_flatquant.kernels.tiles import PLAIN
@@ -58,7 +59,7 @@ class Unstarted:
 
 @pytest.fixture
 def card(monkeypatch):
-    """A card to launch on that is not there: ``card(hopper)``."""
+    """A card to launch on that is not there: ``card(hopper, name)``."""
     from vllm_flatquant.kernels import silu_mul_kron_quant_hopper
 
     modules = [
@@ -69,26 +70,26 @@ def card(monkeypatch):
         silu_mul_kron_quant,
         silu_mul_kron_quant_hopper,
     ]
-    modules += [w4_gemm, w4_gemm_hopper]
+    modules += [w4_gemm, w4_gemm_hopper, w4_gemv]
 
-    def pretend(is_hopper):
+    def pretend(is_hopper, name="NVIDIA H100 80GB HBM3"):
         jit._COMPILED.clear()
         kron._plan.cache_clear()
         pretended = {
             "hopper": lambda _: is_hopper,
             "multiprocessors": lambda _: 132,
             "has_gluon": lambda _: True,
-            "_name": lambda _: "NVIDIA H100 80GB HBM3" if is_hopper else "NVIDIA A100-SXM4-80GB",
+            "_name": lambda _: name if is_hopper else "NVIDIA A100-SXM4-80GB",
             "_on_chip": lambda _: 230000 if is_hopper else 164000,
             "INTERPRET": False,
         }
         for module in modules:
-            for name, value in pretended.items():
-                if hasattr(module, name):
-                    monkeypatch.setattr(module, name, value)
-            for name, value in vars(module).items():
-                if name.startswith("_") and name.endswith("_kernel"):
-                    monkeypatch.setattr(module, name, Unstarted(value))
+            for key, value in pretended.items():
+                if hasattr(module, key):
+                    monkeypatch.setattr(module, key, value)
+            for key, value in vars(module).items():
+                if key.startswith("_") and key.endswith("_kernel"):
+                    monkeypatch.setattr(module, key, Unstarted(value))
 
     monkeypatch.setattr(jit, "_COMPILED", {})
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -193,6 +194,23 @@ def test_small_numbers_of_tokens_are_laid_out_exactly(card):
         assert {shape[0] for shape, dtype in memory if dtype in (torch.bfloat16, torch.float32)} == {
             tokens
         }
+
+
+@pytest.mark.parametrize("first", [1, 2, None])
+def test_one_token_leaves_the_rooms_shared(card, monkeypatch, first):
+    """Its kernel has no number of tokens among its arguments, nor need it: up to 256 a room is one number."""
+    card(True, "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+    monkeypatch.setattr(replay, "Launch", lambda *_: None)
+    monkeypatch.setattr(replay.Replay, "run", lambda *_: [])
+    monkeypatch.setattr(chain.Program, "_check", lambda *_: None)
+    inputs = layer(400, 1)
+    like = [["", None, None] if i < 2 else ["", [*x.shape], []] for i, x in enumerate(inputs)]
+    made = chain.Program(json.dumps({"inputs": like, "steps": STEPS, "results": RESULTS}))
+    for tokens in ([first] if first else []) + list(range(257, 321)):
+        made.run([x[:tokens] for x in inputs[:2]] + inputs[2:])
+    assert (first == 1) == bool(w4_gemv._w4_gemv_kernel.variants)
+    assert not made.exact and len(made.recordings) == 1 + bool(first)
 
 
 @pytest.mark.parametrize("what", [None, "codes", "weight"])

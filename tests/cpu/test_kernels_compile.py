@@ -50,6 +50,12 @@ def compiled(kernel, arch: int, warps: int, stages: int, types: dict | None = No
     )
 
 
+def starts_the_next_first(ptx: str) -> bool:
+    """Whether a kernel lets the next one start before it waits for its own input, and waits once."""
+    start, wait = (ptx.find(f"griddepcontrol.{what}") for what in ("launch_dependents", "wait"))
+    return 0 < start < wait and ptx.count("griddepcontrol.wait") == 1
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90])
 @pytest.mark.parametrize(
     "bm,bn,warps,kb,shards", [(16, 32, 2, 2, 1), (64, 64, 4, 2, 1), (64, 64, 4, 1, 4)]
@@ -68,6 +74,7 @@ def test_w4_gemm(arch: int, bm: int, bn: int, warps: int, kb: int, shards: int) 
     assert "cp.async" in ptx
     assert (".local" in ptx) is False
     assert ("griddepcontrol" in ptx) == hopper
+    assert not hopper or starts_the_next_first(ptx)
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])
@@ -123,6 +130,7 @@ def test_transforms(arch: int, kernel, meta: dict) -> None:
     ).asm["ptx"]  # fmt: skip
     assert re.search(r"wgmma\.mma_async\S*bf16" if hopper else r"mma\.sync\S*bf16", ptx)
     assert ".local" not in ptx
+    assert not hopper or starts_the_next_first(ptx)
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90])

@@ -62,6 +62,38 @@ def test_any_shape_gets_a_tile_that_fits(t: int, n: int, k: int, shards: int) ->
         assert hopper or tile in PLAIN.values()
 
 
+@pytest.mark.parametrize("gpu", [H100, "NVIDIA H200", "a card"])
+def test_no_tile_is_half_empty(gpu: str) -> None:
+    """Of shapes whose rows in the table are few, as those of a rank of a 70B model."""
+    sizes = [
+        (8192, 4096),
+        (8192, 14336),
+        (28672, 8192),
+        (5120, 8192),
+        (2560, 8192),
+        (7168, 5120),
+        (4096, 25600),
+    ]
+    for n, k in [shape[:2] for shapes in TABLE.values() for shape in shapes] + sizes:
+        for shards in (1, 2, 4):
+            for t in (1, 2, 16, 17, 65, 128, 129, 257, 512, 1024, 2048, 9000):
+                tile = w4_gemm_tile(gpu, True, t, n, k, shards)
+                assert tile.bm <= max(64, 2 * t - 1), (t, n, k, shards, tile)
+
+
+def test_the_kernel_for_one_token_takes_no_more(monkeypatch) -> None:
+    """Even where a table, of a search that was cut off, has nothing else."""
+    for card in list(TABLE):
+        monkeypatch.delitem(TABLE, card)
+    one = Tile(1, 8, 4, 1, 32)
+    monkeypatch.setitem(TABLE, "a card", {(4096, 4096, 1): {1: tuple(one)}})
+    tiles._tile.cache_clear()
+    assert w4_gemm_tile("a card", True, 1, 4096, 4096, 1) == one
+    for t in (2, 16, 300):
+        assert w4_gemm_tile("a card", True, t, 4096, 4096, 1) in PLAIN.values()
+    tiles._tile.cache_clear()
+
+
 def test_buckets_and_warm_up() -> None:
     assert [bucket(t) for t in (1, 2, 16, 17, 8192, 20000)] == [1, 16, 16, 32, 8192, 8192]
     assert warmup_tokens(100) == [1, 16, 32, 64, 100]

@@ -21,6 +21,7 @@ HOPPER_TILES = [
     Tile(64, 64, 4, 3, 2, ctas=2, split=2),
     Tile(128, 256, 8, 3, ctas=1),
     Tile(16, 128, 4, 4, ctas=1),
+    Tile(256, 128, 8, 4, ctas=1),
 ]
 
 
@@ -46,13 +47,19 @@ def main() -> None:
     left, right = left.bfloat16(), right.bfloat16()
     silu_mul_kron_quant(x, left, right, one, 4)  # on Hopper another kernel
     silu_mul_kron(x, left, right)
-    tiles = list(PLAIN.values()) + (HOPPER_TILES if hopper(device) else [])
-    for t, n, k, shards in [(3, 264, 1024, 1), (130, 40, 704, 2), (130, 520, 1024, 1)]:
+    tiles = [*PLAIN.values(), Tile(1, 8, 4, 1, 8), *(HOPPER_TILES if hopper(device) else [])]
+    for t, n, k, shards in [
+        (3, 264, 1024, 1),
+        (130, 40, 704, 2),
+        (130, 520, 1024, 1),
+        (9, 264, 2048, 2),
+        (1, 266, 1152, 1),
+    ]:
         codes = torch.randint(-8, 8, (t, k), dtype=torch.int8, device=device)
         weight = pack_device(torch.randint(-8, 8, (n, k), dtype=torch.int8, device=device), shards)
         scale, weight_scale = torch.rand(t, shards, device=device), torch.rand(n, 1, device=device)
         for tile in tiles:
-            if tile.fits(n, k, shards):
+            if tile.fits(n, k, shards) and (tile.bm > 1 or t == 1):
                 out = torch.empty(t, n, dtype=torch.bfloat16, device=device)
                 run_tile(codes, scale, weight, weight_scale, None, out, tile)
     torch.cuda.synchronize()

@@ -103,6 +103,7 @@ def test_recording_serves_every_number_of_tokens_with_its_room(wide):
             like[1] = like[2] = None
     text = json.dumps(program)
     numbers = (
+        1,  # whose kernel has no number of tokens among its arguments
         300,
         257,
         319,

@@ -87,6 +87,26 @@ def test_accumulators_are_exact(tile: Tile) -> None:
             assert torch.equal(out, want), f"T={t} N={n} K={k} S={shards}"
 
 
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
+@pytest.mark.parametrize("shards", [2, 4])
+def test_each_shard_gets_its_own_scale(tile: Tile, shards: int) -> None:
+    """Powers of two as scales: the float32 output is exact, and another order of shards is another output."""
+    if tile.ctas and not hopper(DEVICE):
+        pytest.skip("a Hopper tile")
+    if tile.ctas:
+        tile = tile._replace(stages=min(tile.stages, 2))
+    t, n, k = 1 if tile.bm == 1 else 5, 264, 2048 * shards
+    if not tile.fits(n, k, shards):
+        pytest.skip("does not fit")
+    codes, _, weight, _ = problem(t, n, k, shards)
+    scale = (2.0 ** torch.arange(shards, device=DEVICE)).repeat(t, 1)
+    parts = codes.double().view(t, shards, -1) * scale[..., None]
+    want = (parts.reshape(t, k) @ weight.double().T).float()
+    out = torch.empty(t, n, device=DEVICE)
+    run_tile(codes, scale, pack_device(weight, shards), torch.ones(n, 1, device=DEVICE), None, out, tile)
+    assert torch.equal(out, want)
+
+
 SHAPES = [  # N, K, S: Llama-3-8B, 70B, Qwen3-32B, and odd ones
     (6144, 4096, 1),
     (4096, 14336, 1),

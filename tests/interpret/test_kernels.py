@@ -23,6 +23,7 @@ from vllm_flatquant.kernels.silu_mul_kron_quant import (
 )
 from vllm_flatquant.kernels.tiles import Tile
 from vllm_flatquant.kernels.w4_gemm import run_tile, w4_gemm_ref, w4_gemm_triton
+from vllm_flatquant.kernels.w4_gemv import w4_gemv
 
 pytestmark = pytest.mark.skipif(
     not INTERPRET, reason="needs TRITON_INTERPRET=1 before Triton is imported"
@@ -247,12 +248,17 @@ def test_w4_gemv(n: int, k: int, shards: int, tile: Tile) -> None:
     weight = torch.randint(-8, 8, (n, k), dtype=torch.int8)
     codes[0, ::3], weight[:, ::3] = -128, -8
     packed, out = pack_device(weight, shards), torch.full((1, n), float("nan"))
-    run_tile(codes, torch.ones(1, shards), packed, torch.ones(n, 1), None, out, tile)
+    w4_gemv(codes, torch.ones(1, shards), packed, torch.ones(n, 1), None, out, tile)
     assert torch.equal(out.long(), codes.long() @ weight.long().T)
     scale, weight_scale, bias = torch.rand(1, shards) + 0.1, torch.rand(n, 1) + 0.1, torch.randn(n)
     run_tile(codes, scale, packed, weight_scale, bias, out, tile)
     want = w4_gemm_ref(codes, scale, weight, weight_scale, bias, torch.float32)
     torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-4)
+    apart = torch.empty(1, k + 2, dtype=torch.int8)[:, :k].copy_(codes)  # a row of a wider array
+    run_tile(apart, scale, packed, weight_scale, bias, out, tile)
+    torch.testing.assert_close(out, want, rtol=1e-6, atol=1e-4)
+    with pytest.raises(ValueError, match="is for one token, and these are 2"):
+        w4_gemv(codes.repeat(2, 1), scale, packed, weight_scale, bias, out, tile)
 
 
 def test_more_room_than_tokens() -> None:
