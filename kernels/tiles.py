@@ -13,8 +13,8 @@ class Tile(NamedTuple):
     """One configuration of ``w4_gemm``: ``bm`` tokens by ``bn`` weight rows. With ``bm`` 1 the kernel for one token.
 
     kb: blocks of 128 columns a step. group: token tiles that share a weight tile while it is in L2.
-    prefetch: blocks of weights asked for before the activations are there (plain kernel). ctas: 0 for the
-    plain Triton kernel; else the Hopper kernel, persistent, so many programs on an SM. split: programs that
+    prefetch: blocks of weights that L2 is asked for before the activations are there (not Hopper's kernel).
+    ctas: 0 for the plain Triton kernel and the one for one token; else the Hopper kernel, persistent, so many programs on an SM. split: programs that
     share a tile, each a part of K (Hopper kernel; 1 or a multiple of the shards).
     """
 
@@ -31,9 +31,9 @@ class Tile(NamedTuple):
     def fits(self, n: int, k: int, shards: int) -> bool:
         """Whether this tile can compute [T, k] x [n, k].
 
-        The plain kernel takes everything, the one for one token whole blocks of columns. The Hopper kernel loads rows of a multiple of 16 bytes, an even
-        number of whole blocks in every part of K. A part lies in one shard; a program that has all of K keeps two
-        accumulators where there are several shards.
+        The plain kernel takes everything, the one for one token whole blocks of columns. The Hopper kernel
+        loads rows of a multiple of 16 bytes, an even number of whole blocks in every part of K. A part lies in
+        one shard; a program that has all of K keeps two accumulators where there are several shards.
         """
         if self.bm == 1:
             return k % (128 * shards) == 0
