@@ -14,8 +14,9 @@ class Tile(NamedTuple):
 
     kb: blocks of 128 columns a step. group: token tiles that share a weight tile while it is in L2.
     prefetch: blocks of weights that L2 is asked for before the activations are there (not Hopper's kernel).
-    ctas: 0 for the plain Triton kernel and the one for one token; else the Hopper kernel, persistent, so many programs on an SM. split: programs that
-    share a tile, each a part of K (Hopper kernel; 1 or a multiple of the shards).
+    ctas: 0 for the plain Triton kernel and the one for one token; else the Hopper kernel, persistent, so many
+    programs on an SM. split: programs that share a tile, each a part of K (Hopper kernel; 1 or a multiple of
+    the shards).
     """
 
     bm: int
@@ -73,10 +74,8 @@ def w4_gemm_tile(gpu: str, hopper: bool, t: int, n: int, k: int, shards: int) ->
 def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> Tile:
     if hopper:
         table: dict[tuple[int, int, int], dict[int, tuple[int, ...]]] = {}
-        for card in (
-            *reversed(TABLE),
-            gpu,
-        ):  # what comes later counts: this card's own, then the first in the table
+        # What comes later counts: this card's own rows, then those of the first card in the table.
+        for card in (*reversed(TABLE), gpu):
             for measured, tiles in TABLE.get(card, {}).items():
                 table[measured] = table.get(measured, {}) | tiles
 
@@ -86,10 +85,8 @@ def _tile(gpu: str, hopper: bool, tokens: int, n: int, k: int, shards: int) -> T
             return size + 0.1 * abs(log2(shape[2] / shards)) + 8 * unlike
 
         nearest = sorted(table, key=distance)
-        for most in (
-            2 * tokens,
-            max(BUCKETS),
-        ):  # a tile for many more tokens would be half empty: rather another shape's
+        # A tile for many more tokens would be half empty: rather another shape's, if any has a closer row.
+        for most in (2 * tokens, max(BUCKETS)):
             for shape in nearest:
                 row = bucket(tokens, tuple(sorted(table[shape])))
                 tile = Tile(*table[shape][row])

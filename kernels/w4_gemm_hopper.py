@@ -157,9 +157,8 @@ def _multiply(
                     x_scale = gl.load(x_scale_ptr + tokens * S + s, mask=tokens < t, other=0.0)
                 total += acc.to(gl.float32) * (x_scale * 0.0625)[None, :]
         finish = True
-        if (
-            SPLIT > 1
-        ):  # every program leaves its part; the last to arrive adds those of a shard, exact in any order
+        # Every program leaves its part; the last to arrive adds those of a shard, exact in any order.
+        if SPLIT > 1:
             place = (r * BM)[:, None] + m[None, :]
             gl.store(partial_ptr + item * (BN * BM) + place, acc)
             barrier()
