@@ -218,15 +218,17 @@ class Run:
             text += "\n" + kept.read_text()
         return text
 
-    def take(self, model: str, name: str, rows: Iterator[dict[str, Any]]) -> None:
-        """Append a format's rows as they come, and print them."""
+    def take(self, model: str, name: str, rows: Iterator[dict[str, Any]]) -> bool:
+        """Append a format's rows as they come, and print them. Returns whether all went well."""
         print(f"{self.label(model)} {name}", flush=True)
+        well = True
         begin = time.monotonic()
         phases = []
         for found in rows:
             label, kernels = ran_as(name, self.log(model, name))
             if "error" in found:
                 print(f"  {found['error']}")
+                well = False
             elif "phase" in found:
                 self.profiles.append(self.row(model, label, **found))
                 phases.append(found)
@@ -245,6 +247,7 @@ class Run:
             flush=True,
         )
         print_profile(phases)
+        return well
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row; a spread is a share."""
@@ -299,13 +302,16 @@ def groups(model: str, todo: Todo, most: int) -> Iterator[Todo]:
         yield part
 
 
-def measure_group(model: str, todo: Todo) -> None:
-    """Start several formats' engines at once, then measure one after the other, the rest idle."""
+def measure_group(model: str, todo: Todo) -> list[str]:
+    """Start several formats' engines at once, then measure one after the other, the rest idle. Returns which failed."""
     engines: list[tuple[Run, str, Engine, Path, str | None]] = []
+    failed = []
+    print("starting", *[f"{run.label(model)} {name}" for run, name, _ in todo], sep="\n  ", flush=True)
     try:
         for run, name, wanted in todo:
             if run.fits(model, name) and run.args.serve:
-                run.take(model, name, serving_live.measure(run, model, name))
+                if not run.take(model, name, serving_live.measure(run, model, name)):
+                    failed.append(name)
             elif run.fits(model, name):
                 alone = run.start_measure(model, name) if run.args.together == 1 else None
                 go = run.folder(model, name) / "go"
@@ -317,19 +323,22 @@ def measure_group(model: str, todo: Todo) -> None:
             engine.wait_until_ready()
         for run, name, engine, go, alone in engines:
             go.touch()
-            run.take(model, name, engine.rows(alone))
+            well = run.take(model, name, engine.rows(alone))
             engine.close()
             if engine.problem:
                 print(
-                    f"  {name}: failed ({engine.problem}); the end of {engine.log}:",
+                    f"  {name}: failed ({engine.problem}); errors in {engine.log}, and its end:",
                     *engine.tail(),
                     sep="\n    ",
                 )
+            if engine.problem or not well:
+                failed.append(name)
             for key in CACHES:
                 Path(run.environment(model, name)[key]).mkdir(parents=True, exist_ok=True)
     finally:
         for _, _, engine, _, _ in engines:
             engine.close()
+    return failed
 
 
 def arguments() -> argparse.Namespace:
@@ -349,8 +358,12 @@ def arguments() -> argparse.Namespace:
 
         return parse
 
-    parser.add_argument("--formats", type=names(FORMATS), default=list(FORMATS), metavar="A,B")
-    parser.add_argument("--models", type=names(MODELS), default=["llama-3-8b"], metavar="A,B")
+    parser.add_argument(
+        "--formats", type=names(FORMATS), metavar="A,B", help=f"of {', '.join(FORMATS)} [all]"
+    )
+    parser.add_argument(
+        "--models", type=names(MODELS), metavar="A,B", help=f"of {', '.join(MODELS)} [llama-3-8b]"
+    )
     parser.add_argument(
         "--tensor-parallel-size",
         type=lambda text: [int(size) for size in text.split(",")],
@@ -388,16 +401,29 @@ def main() -> None:
     args = arguments()
     if args.print or args.plot:
         if args.print:
-            print_tables(args.results)
+            print_tables(args.results, args.models, args.formats)
         if args.plot:
+            args.plot.parent.mkdir(parents=True, exist_ok=True)
             plot(args.results, args.plot)
+            print(f"wrote {args.plot}")
         return
+    args.models, args.formats = args.models or ["llama-3-8b"], args.formats or list(FORMATS)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # and so end the engines
     runs = [Run(args, size) for size in args.tensor_parallel_size]
+    if runs[0].cpu and args.models != ["tiny"]:
+        sys.exit(
+            "there is no GPU here: `--models tiny` tries the script itself on a CPU, nothing else would end"
+        )
+    failed = []
     for model in args.models:
         todo = [(run, name, wanted) for run in runs for name, wanted in run.todo(model).items()]
+        if not todo:
+            print(f"{model}: every figure has a row for this GPU, vLLM and commit in {args.results}")
         for part in groups(model, todo, args.together):
-            measure_group(model, part)
+            failed += measure_group(model, part)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}; the rows of the others are in {args.results}")
+    print(f"`--print` shows the tables of {args.results}")
 
 
 if __name__ == "__main__":

@@ -99,8 +99,10 @@ class Engine:
         self.problem = self.problem or f"ended with {self.process.returncode} before it was done"
 
     def tail(self) -> list[str]:
-        """The log's last lines."""
-        return self.log.read_text(errors="replace").splitlines()[-12:]
+        """The first lines of the log that end a traceback, where the cause is, and its last ones."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        errors = [line for line in lines[:-12] if re.search(r"(^|\s)[\w.]*Error: ", line)]
+        return [*list(dict.fromkeys(errors))[:3], *lines[-12:]]
 
     def close(self) -> None:
         """End the processes and free the card's memory; those that are done get a moment to end by themselves."""

@@ -13,6 +13,10 @@ UNITS = {
     "kv_tokens": "KV cache tokens",
     "start_cold": "cold start s",
     "start_warm": "warm start s",
+    "start": "start with some caches s",
+    "load": "load s",
+    "compile": "compile s",
+    "capture": "capture s",
 }
 """Measures that are not times of a step -> the column's title."""
 OWN = "own process"
@@ -44,7 +48,13 @@ def collect(rows: list[Row]) -> dict[tuple[str, str, str, str], Runs]:
     figures: dict[tuple[str, ...], dict[str, list[tuple[str, float]]]] = defaultdict(
         lambda: defaultdict(list)
     )
+    compared = {(r["run"], r["model"], r["measure"]) for r in rows if r["format"] != "bf16"}
+    alone = {r["model"] for r in rows} - {model for _, model, _ in compared}
     for row in sorted(rows, key=lambda row: (row["date"], row["run"])):
+        # bf16 counts where something else was measured in its run: what a run that was cut off has alone does not.
+        at = row["run"], row["model"], row["measure"]
+        if row["unit"] == "ms" and row["model"] not in alone and at not in compared:
+            continue
         value, reference = float(row["value"]), base.get((row["run"], row["model"], row["measure"]))
         of = figures[row["model"], row["gpu"], row["vllm"], row["engine"], row["format"], row["measure"]]
         of["value"].append((row["commit"], value))
@@ -101,9 +111,22 @@ def _ratio_table(runs: Runs, measures: list[str]) -> list[str]:
     return [*lines, _line(["best other than FlatQuant", *best])]
 
 
-def print_tables(results: Path) -> None:
-    """Markdown: for each model and GPU a table of ratios of step times, one of live servers, one of memory."""
-    for (model, gpu, vllm, engine), runs in collect(read_rows(results)).items():
+def print_tables(
+    results: Path, models: list[str] | None = None, formats: list[str] | None = None
+) -> None:
+    """Markdown: for each model and GPU a table of ratios of step times, one of live servers, one of memory.
+
+    models, formats: of these alone, and bf16.
+    """
+    rows = [
+        row
+        for row in read_rows(results)
+        if (not models or row["model"].split()[0] in models)
+        and (not formats or row["format"].split(" (")[0] in ["bf16", *formats])
+    ]
+    if not rows:
+        print(f"there are no such rows in {results}")
+    for (model, gpu, vllm, engine), runs in collect(rows).items():
         print(f"\n{model} on {gpu}, vLLM {vllm}, engine {engine}.")
         steps = _of(runs, ("prefill_", "decode_"))
         if steps:
