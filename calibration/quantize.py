@@ -385,6 +385,11 @@ def round_head(
     save_tensors(folder, head)
     write_text(folder / REPORT, json.dumps(asdict(report)) + "\n")
     tell.note(str(report))
+    if source.config.tie_word_embeddings:
+        size = sum(tensor.nbytes for tensor in head.values())
+        tell.note(
+            f"the head was tied to the embedding, which keeps its 16 bits: the checkpoint is {size / 1e6:.1f} MB larger"
+        )
 
 
 def streams_stage(done: int) -> str:

@@ -57,6 +57,7 @@ def test_checkpoint_has_the_rounded_head_and_the_whole_embedding(checkpoint):
     # The command prints the cost, the log keeps it.
     report = json.loads((out / "calibration_log.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert f"loss {report['loss_16']:.5f} -> {report['loss_8']:.5f}" in printed
+    assert ("the head was tied to the embedding" in printed) == ("lm_head.weight" not in before)
     assert 0 < report["divergence"] < 1e-3
 
 

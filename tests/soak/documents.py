@@ -26,7 +26,7 @@ NOT_RUN = {
     "python -m pytest": "a part of make test",
     "TRITON_INTERPRET=1 python -m pytest": "a part of make test",
     "python benchmarks/": "takes minutes to hours; tests/cpu/test_example_accuracy.py runs the same functions",
-    "vllm bench serve": "benchmarks/serving.py --serve runs it, and tests/cpu/test_serving_benchmark.py that",
+    "vllm bench serve": "benchmarks/serving.py --serve runs it; tests/cpu/test_serving_benchmark.py has a stand-in",
     "hf upload": "needs an account",
     "flatquant eval DIR --tasks": "tests/cpu/test_tools_evaluation.py runs local tasks on both backends",
     "torchrun": "needs several GPUs; tests/cpu/test_data_parallel.py runs it on the CPU",
