@@ -40,8 +40,9 @@ def hopper_tiles(t: int, n: int) -> Iterator[Tile]:
     Fewer bytes on chip let the next kernel's first loads begin sooner, more keep more of this one's in flight.
     """
     bm = 16 if t <= 16 else 32 if t <= 32 else 64
-    kinds = [(bn, warps, kb) for bn, warps in ((64, 4), (128, 4), (256, 8)) for kb in (2, 1)]
-    for bn, warps, kb in kinds[:: 2 if t <= 32 else 1]:
+    blocks_a_stage = (2,) if t <= 32 else (2, 1)
+    kinds = [(bn, warps, kb) for bn, warps in ((64, 4), (128, 4), (256, 8)) for kb in blocks_a_stage]
+    for bn, warps, kb in kinds:
         work = -(-t // bm) * -(-n // bn)
         for split in (1, 2, 4, 8):
             for ctas in (1, 2, 3):
@@ -63,7 +64,7 @@ def plain_tiles(t: int) -> Iterator[Tile]:
 
 
 def one_token_tiles(k: int) -> Iterator[Tile]:
-    """The kernel for one token: 4 to 64 words of 8 weights a thread and step; what is left of K from L2 or from DRAM."""
+    """The kernel for one token: 8 to 64 words of 8 weights a thread and step; what is left of K from L2 or from DRAM."""
     blocks = k // 128
     for bn in (4, 8, 16):
         for warps in (2, 4, 8):
@@ -176,6 +177,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after them")
     args = parser.parse_args()
     need_gpu()
+    if unknown := set(args.layers.split(",")) - set(LAYERS):
+        parser.error(f"--layers: {', '.join(sorted(unknown))} is none of {', '.join(LAYERS)}")
     layers = {name: LAYERS[name] for name in args.layers.split(",")}
     tokens = [int(t) for t in args.tokens.split(",")]
     until = time.monotonic() + args.seconds
