@@ -159,9 +159,8 @@ def compile_jobs(parts: list[str], tokens: list[int]) -> list[tuple[Callable, ob
     for part in parts:
         for n, k in shapes_of(part):
             for shards in SHARDS if part == "sharded" else (1,):
-                for t in (
-                    tokens
-                ):  # the code depends on the tile and the shards, for one token on K: few rows serve
+                for t in tokens:
+                    # The code depends on the tile and the shards, for one token on K: few rows serve.
                     tile = w4_gemm_tile(gpu, wgmma, t, n, k, shards)
                     key = tile, shards, k if tile.bm == 1 else 0
                     variants.setdefault(key, ((1024, k, shards), [tile]))

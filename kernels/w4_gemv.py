@@ -76,9 +76,8 @@ def _w4_gemv_kernel(
     row_in = tl.minimum(rows, n - 1)
     block, word = tl.arange(0, KB)[:, None, None], tl.arange(0, 16)[None, None, :]
     w_at = w_ptr + (block * tl.cast(n, tl.int64) + row_in[None, :, None]) * 16 + word
-    x_at = tl.broadcast_to(
-        x_ptr + block * 32 + word, (KB, BN, 16)
-    )  # loaded as the weights are: nothing moves
+    # Loaded in the layout of the weights, so that nothing moves between threads.
+    x_at = tl.broadcast_to(x_ptr + block * 32 + word, (KB, BN, 16))
     STEPS: tl.constexpr = (SHARD_BLOCKS + KB - 1) // KB
     EVEN: tl.constexpr = SHARD_BLOCKS % KB == 0
     inside = block < SHARD_BLOCKS

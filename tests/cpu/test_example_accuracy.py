@@ -47,14 +47,14 @@ def test_training_and_gptq_help(measure):
 
 def test_more_bits_are_better(measure, full):
     """W4A8 and W4A16 train on nearly the same problem, and another rounding anywhere, as on another processor, moves a
-    short training by 1%: untrained, and by the mean of three seeds trained."""
+    short training by 1%: untrained, and by the mean of six seeds trained."""
     plain = {scheme: measure(scheme=scheme, epochs=0) for scheme in ("w4a8", "w4a16")}
     assert full < plain["w4a16"] < 1.003 * plain["w4a8"]
     trained = {
-        scheme: fmean(measure(scheme=scheme, seed=seed) for seed in range(3))
+        scheme: fmean(measure(scheme=scheme, seed=seed) for seed in range(6))
         for scheme in ("w4a8", "w4a16")
     }
-    assert full < trained["w4a16"] < 1.02 * trained["w4a8"]
+    assert full < trained["w4a16"] < 1.01 * trained["w4a8"]
     w4a4 = measure()
     assert trained["w4a8"] < 0.99 * w4a4
     assert 0.97 * w4a4 < measure(kv=4) < 1.1 * w4a4

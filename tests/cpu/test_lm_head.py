@@ -109,9 +109,8 @@ def test_ranks_share_the_vocabulary(ranks):
     start_single_process()
     torch.manual_seed(0)
     weight = torch.randn(150, 16)
-    x = torch.randint(
-        -8, 9, (3, 16)
-    ).float()  # whole numbers: sums are exact, in whatever order a CPU adds
+    # Whole numbers: sums are exact, in whatever order a CPU adds.
+    x = torch.randint(-8, 9, (3, 16)).float()
     head = quantize_head(weight)
     spec = mock.Mock(get_quant_method=lambda *_, **__: lm_head.FlatQuantHeadMethod("torch", "lm_head"))
     where = "vllm.model_executor.layers.vocab_parallel_embedding."

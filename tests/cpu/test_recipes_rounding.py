@@ -58,13 +58,13 @@ def test_gptq_under_rtn_at_three_bits(checkpoints):
     assert ours < 0.99 * checkpoints.make("gptq-w4a16", scheme="w3a16", rounding="rtn", **FEW)[0]
 
 
-def test_gptq_fits_the_calibration_text_better_than_rtn_at_four_bits(checkpoints):
-    """On other text GPTQ gains 0.2% in the mean, and differs by 0.3% from seed to seed and processor to processor."""
-    made = [checkpoints.make("gptq-w4a16", seed=seed, **FEW) for seed in range(3)]
+def test_gptq_under_rtn_at_four_bits(checkpoints):
+    """And other text too, by 0.2% in the mean; single seeds, or processors, differ by 0.3%."""
+    made = [checkpoints.make("gptq-w4a16", seed=seed, **FEW) for seed in range(6)]
     rtn, rtn_folder = checkpoints.make("gptq-w4a16", rounding="rtn", **FEW)
     for _, folder in made:
         assert error_of_first_blocks(folder) < 0.9 * error_of_first_blocks(rtn_folder)
-    assert fmean(perplexity for perplexity, _ in made) < 1.003 * rtn
+    assert fmean(perplexity for perplexity, _ in made) < rtn
 
 
 def test_qronos_fits_the_calibration_text_better_than_gptq(checkpoints):
